@@ -1,0 +1,2447 @@
+"""Parameter golf in one file: train, quantise, pack, read back and score a small language model.
+
+The model must fit, code included, in 16,000,000 bytes, train in 600 s on 8 GPUs, and is scored in bits per byte.
+
+    ./demo.sh                                                      # everything at toy size, CPU or GPU, minutes
+    torchrun --standalone --nproc_per_node=8 train_gpt.py          # the default recipe (any number of GPUs, or none)
+    CONFIG_CHECK=1 python train_gpt.py                             # print every setting and stop
+
+Everything is set by environment variables (CONFIG, below, is their only table; `recipes/*.env` are ready sets).
+Shapes are written as suffixes: B batch, T positions, D model width, H query heads, K key/value heads, V vocabulary.
+
+Sections, in the order in which a run uses them:
+CONFIG · RUNTIME · DATA · KERNELS · MODEL · OPTIMIZERS · TRAIN · CALIBRATE · QUANTIZE · CODER · ARTIFACT · EVALUATE · MAIN
+"""
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import hashlib
+import inspect
+import json
+import lzma
+import math
+import os
+import platform
+import queue
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import uuid
+import zlib
+from base64 import b85encode
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ======================================================================================================================
+# CONFIG: one row per knob; read from the environment, checked and printed from this table alone
+# ======================================================================================================================
+
+CAP_BYTES = 16_000_000          # code + compressed model, decimal bytes
+EVAL_BUDGET_SECONDS = 600.0     # the challenge's limit for everything from artifact to score
+
+
+class UserError(Exception):
+    """Something that the user can mend: printed as one line; `code` is the process's exit code (3: over the cap)."""
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
+
+
+def knob(default, meaning: str, **limits):
+    """A row of the table. Limits: at_least, above, at_most (numbers), choices (a tuple), later (why it is refused)."""
+    return field(default=default, metadata={"meaning": meaning, **limits})
+
+
+LATER_TTT = "test-time training is not in this version yet"
+LATER_QUANT = "this quantisation rule is not in this version yet"
+
+
+@dataclass(frozen=True)
+class Config:
+    # where things are
+    data_dir: str = knob("./data", "folder of datasets/ and tokenizers/")
+    data_path: str = knob("", "folder of the shards; empty: DATA_DIR/datasets/fineweb10B_sp<VOCAB_SIZE>[_caseops]")
+    tokenizer_path: str = knob("", "SentencePiece model; empty: DATA_DIR/tokenizers/fineweb_<VOCAB_SIZE>_bpe[...].model")
+    vocab_size: int = knob(8192, "pieces of the tokenizer", at_least=2, at_most=65536)
+    caseops_enabled: bool = knob(False, "count validation bytes from the CaseOps sidecar, not from the tokenizer")
+    seed: int = knob(1337, "initial weights", at_least=0)
+    run_id: str = knob("", "name of the run and its log; empty: a fresh UUID")
+    artifact_dir: str = knob("", "folder for log, checkpoints and artifact; empty: ./logs and .")
+    config_check: bool = knob(False, "print the resolved table and stop")
+    # budget and batch
+    iterations: int = knob(20000, "most steps", at_least=1)
+    max_wallclock_seconds: float = knob(600.0, "training budget, Hessians and GPTQ included; 0: by ITERATIONS only", at_least=0)
+    gptq_reserve_seconds: float = knob(-1.0, "seconds kept back for Hessians and GPTQ; -1: measured in warm-up", at_least=-1)
+    train_batch_tokens: int = knob(786432, "tokens a step over all ranks", at_least=1)
+    train_seq_len: int = knob(2048, "longest document segment in training", at_least=2)
+    grad_accum_steps: int = knob(0, "micro-steps a step; 0: 8 / world size, or the next that divides the batch", at_least=0)
+    warmup_steps: int = knob(20, "uncounted steps per looping state, undone afterwards", at_least=0)
+    warmdown_frac: float = knob(0.85, "last part of the budget in which the learning rate falls", at_least=0, at_most=1)
+    min_lr: float = knob(0.1, "floor of the learning-rate multiplier", at_least=0, at_most=1)
+    val_loss_every: int = knob(0, "steps between validations in training; 0: none", at_least=0)
+    train_log_every: int = knob(500, "steps between log lines; 0: none", at_least=0)
+    checkpoint_every: int = knob(0, "steps between resumable checkpoints; 0: only on a signal", at_least=0)
+    resume: bool = knob(False, "continue from the checkpoint in ARTIFACT_DIR")
+    # network
+    num_layers: int = knob(11, "layers", at_least=1)
+    model_dim: int = knob(512, "width", at_least=8)
+    num_heads: int = knob(8, "query heads", at_least=1)
+    num_kv_heads: int = knob(4, "key/value heads", at_least=1)
+    mlp_mult: float = knob(4.0, "MLP width / model width", above=0)
+    xsa_last_n: int = knob(11, "last layers whose attention output drops its own value direction", at_least=0)
+    rope_base: float = knob(1e4, "rotary base", above=1)
+    rope_dims: int = knob(16, "rotated dimensions of each head", at_least=0)
+    rope_yarn: bool = knob(False, "scale the rotary base when the context exceeds ROPE_TRAIN_SEQ_LEN")
+    rope_train_seq_len: int = knob(2048, "context up to which the rotary base is unscaled", at_least=1)
+    ln_scale: bool = knob(True, "multiply block inputs by 1/sqrt(layer + 1)")
+    qk_gain_init: float = knob(5.0, "initial gain of each query head", above=0)
+    logit_softcap: float = knob(30.0, "cap c of c*tanh(logit/c)", above=0)
+    skip_gates_enabled: bool = knob(True, "U-Net skips are gated")
+    tie_embeddings: bool = knob(True, "the head is the embedding")
+    tied_embed_init_std: float = knob(0.005, "initial deviation of the embedding", above=0)
+    num_loops: int = knob(2, "extra passes over the looped layers", at_least=0)
+    loop_start: int = knob(3, "first looped layer", at_least=0)
+    loop_end: int = knob(5, "last looped layer", at_least=0)
+    enable_looping_at: float = knob(0.35, "part of the budget after which layers loop", at_least=0, at_most=1)
+    loop_phase2_at: float = knob(0.0, "progressive recurrence: one extra pass until this part of the budget; 0: off", at_least=0, at_most=1)
+    parallel_start_layer: int = knob(8, "two-lane decoder from this layer; 0 or negative: off")
+    parallel_final_lane: str = knob("mean", "what leaves the two lanes", choices=("mean", "attn", "mlp"))
+    parallel_residual_start: int = knob(-1, "GPT-J parallel residual from this layer; negative: off")
+    smear_gate_enabled: bool = knob(True, "mix the previous token's embedding in, never over BOS")
+    gate_window: int = knob(12, "input dimensions that the small gates read", at_least=1)
+    sparse_attn_gate_enabled: bool = knob(True, "head gates from the first GATE_WINDOW inputs")
+    sparse_attn_gate_scale: float = knob(0.5, "scale inside that gate's sigmoid")
+    gated_attn_enabled: bool = knob(False, "head gates from the whole input")
+    attn_out_gate_enabled: bool = knob(False, "head gates 2*sigmoid from the first GATE_WINDOW of ATTN_OUT_GATE_SRC")
+    attn_out_gate_src: str = knob("proj", "source of that gate: the query projection, or the block's input", choices=("proj", "input"))
+    # optimizers
+    matrix_lr: float = knob(0.026, "Muon, for the matrices", above=0)
+    scalar_lr: float = knob(0.02, "AdamW, for scales and gates", above=0)
+    tied_embed_lr: float = knob(0.03, "AdamW, for a tied embedding", above=0)
+    embed_lr: float = knob(0.6, "AdamW, for an untied embedding", above=0)
+    head_lr: float = knob(0.008, "AdamW, for an untied head", above=0)
+    muon_momentum: float = knob(0.97, "Nesterov momentum", at_least=0, at_most=1)
+    muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", at_least=0, at_most=1)
+    muon_momentum_warmup_steps: int = knob(1500, "steps to full momentum", at_least=0)
+    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", at_least=1, at_most=5)
+    muon_row_normalize: bool = knob(True, "unit rows before orthogonalising")
+    muon_wd: float = knob(0.095, "weight decay of the matrices", at_least=0)
+    polar_express: bool = knob(True, "per-iteration Newton-Schulz coefficients (arXiv 2505.16932)")
+    beta1: float = knob(0.9, "AdamW", at_least=0, at_most=1)
+    beta2: float = knob(0.99, "AdamW", at_least=0, at_most=1)
+    adam_eps: float = knob(1e-8, "AdamW", above=0)
+    adam_wd: float = knob(0.02, "weight decay of scales and gates", at_least=0)
+    embed_wd: float = knob(0.085, "weight decay of the embedding", at_least=0)
+    grad_clip_norm: float = knob(0.3, "largest norm of the averaged gradient; 0: off", at_least=0)
+    ema_decay: float = knob(0.9965, "decay of the averaged weights", at_least=0, at_most=1)
+    # quantisation and packing
+    matrix_bits: int = knob(6, "bits of the matrices", at_least=2, at_most=8)
+    embed_bits: int = knob(7, "bits of the embedding", at_least=2, at_most=8)
+    matrix_clip_sigmas: float = knob(12.85, "clip of other matrices, in row deviations", above=0)
+    attn_clip_sigmas: float = knob(13.0, "clip of attention matrices", above=0)
+    mlp_clip_sigmas: float = knob(11.5, "clip of MLP matrices", above=0)
+    embed_clip_sigmas: float = knob(14.0, "clip of the embedding", above=0)
+    adaptive_hessian_clip: bool = knob(False, "clip per tensor from Hessian and variance (PR 1689)", later=LATER_QUANT)
+    hessian_clip_lambda: float = knob(0.0, "weight of row importance in the clip (PR 1412)", at_least=0, later=LATER_QUANT)
+    mixed_precision_hessian: bool = knob(False, "bits by Hessian sensitivity (PR 1962: a negative result)", later=LATER_QUANT)
+    mixed_precision_bits_low: int = knob(5, "bits of the least sensitive", at_least=2, at_most=8)
+    mixed_precision_bits_high: int = knob(7, "bits of the most sensitive", at_least=2, at_most=8)
+    mixed_precision_low_frac: float = knob(0.25, "share of the least sensitive", at_least=0, at_most=1)
+    mixed_precision_high_frac: float = knob(0.25, "share of the most sensitive", at_least=0, at_most=1)
+    clip_mult_early: float = knob(1.0, "clip multiplier, layers 0-2", above=0)
+    clip_mult_loop: float = knob(1.0, "clip multiplier, looped layers", above=0)
+    clip_mult_mid: float = knob(1.0, "clip multiplier, the rest", above=0)
+    clip_mult_late: float = knob(1.0, "clip multiplier, layers 8 and up", above=0)
+    gptq_calibration_batches: int = knob(16, "training batches for the Hessians", at_least=1)
+    lqer_enabled: bool = knob(False, "low-rank repair of the worst tensors", later=LATER_QUANT)
+    lqer_asym_enabled: bool = knob(True, "its asymmetric int2/int4 coding")
+    lqer_rank: int = knob(4, "its rank", at_least=1)
+    lqer_top_k: int = knob(3, "tensors repaired", at_least=0)
+    lqer_factor_bits: int = knob(4, "bits of symmetric factors", at_least=2, at_most=8)
+    lqer_asym_group: int = knob(64, "values sharing a scale", at_least=1)
+    gated_attn_quant_gate: bool = knob(True, "head-gate weights as int8 rows")
+    compressor: str = knob("brotli", "coder of the artifact", choices=("brotli", "lzma"))
+    # evaluation
+    sliding_window_enabled: bool = knob(False, "also score with a sliding window")
+    eval_stride: int = knob(64, "tokens scored by each window", at_least=1)
+    eval_seq_len: int = knob(2048, "longest context in evaluation", at_least=2)
+    val_batch_tokens: int = knob(524288, "validation tokens in flight over 8 micro-batches", at_least=8)
+    ttt_enabled: bool = knob(False, "test-time training", later=LATER_TTT)
+    phased_ttt_enabled: bool = knob(True, "its phased protocol")
+    phased_ttt_prefix_docs: int = knob(2500, "documents before the last global phase", at_least=0)
+    phased_ttt_num_phases: int = knob(3, "global phases", at_least=0)
+    ttt_lora_rank: int = knob(56, "adapter rank", at_least=1)
+    ttt_lora_alpha: float = knob(144.0, "adapter output scale * rank", above=0)
+    ttt_lora_lr: float = knob(1e-4, "adapter learning rate", at_least=0)
+    ttt_chunk_size: int = knob(48, "tokens scored between updates", at_least=1)
+    ttt_eval_seq_len: int = knob(2048, "longest context", at_least=2)
+    ttt_batch_size: int = knob(64, "documents in a batch", at_least=1)
+    ttt_grad_steps: int = knob(1, "updates a chunk", at_least=1)
+    ttt_weight_decay: float = knob(0.5, "adapter weight decay", at_least=0)
+    ttt_beta1: float = knob(0.0, "adapter AdamW", at_least=0, at_most=1)
+    ttt_beta2: float = knob(0.99, "adapter AdamW", at_least=0, at_most=1)
+    ttt_optimizer: str = knob("adam", "adapter optimizer", choices=("adam", "sgd"))
+    ttt_warm_start_a: bool = knob(True, "keep A from batch to batch")
+    ttt_k_lora: bool = knob(True, "adapter on keys")
+    ttt_o_lora: bool = knob(True, "adapter on output projections")
+    ttt_mlp_lora: bool = knob(True, "adapter on MLPs")
+    global_ttt_lr: float = knob(0.001, "global SGD", at_least=0)
+    global_ttt_momentum: float = knob(0.9, "global SGD", at_least=0, at_most=1)
+    global_ttt_epochs: int = knob(1, "global SGD", at_least=1)
+    global_ttt_chunk_tokens: int = knob(32768, "global SGD", at_least=1)
+    global_ttt_batch_seqs: int = knob(32, "global SGD", at_least=1)
+    global_ttt_grad_clip: float = knob(1.0, "global SGD", at_least=0)
+    global_ttt_respect_doc_boundaries: bool = knob(True, "global SGD in document segments")
+    # a stage alone, on what an earlier run saved
+    prequant_only: bool = knob(False, "stop before quantisation")
+    quantize_only: bool = knob(False, "start from the saved EMA weights")
+    ttt_eval_only: bool = knob(False, "start from the saved artifact (also EVAL_ONLY)")
+    # machine
+    attention_backend: str = knob("auto", "attention implementation", choices=("auto", "fa3", "varlen", "sdpa"))
+    fused_ce_enabled: bool = knob(True, "fused softcap + cross-entropy kernel")
+    kernels_off: str = knob("", "fast kernels to replace by their references (comma list, or all)")
+    compile_enabled: bool = knob(True, "torch.compile on CUDA")
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def gate_kind(self) -> str:
+        return ("sparse" if self.sparse_attn_gate_enabled else "full" if self.gated_attn_enabled
+                else f"out_{self.attn_out_gate_src}" if self.attn_out_gate_enabled else "")
+
+    def pass_order(self, loops: int) -> tuple[list[int], int]:
+        """Layers in the order of one forward with `loops` extra passes, and how many of them are the encoder."""
+        looped = list(range(self.loop_start, self.loop_end + 1)) if self.num_loops else []
+        order = ([*range(self.loop_start), *looped * (loops + 1), *range(self.loop_end + 1, self.num_layers)]
+                 if looped else list(range(self.num_layers)))
+        return order, len(order) // 2
+
+    def loops_at(self, frac: float) -> int:
+        """Extra passes over the looped layers after `frac` of the budget."""
+        if frac < self.enable_looping_at:
+            return 0
+        return min(1, self.num_loops) if frac < self.loop_phase2_at else self.num_loops
+
+    def lr_mul(self, frac: float) -> float:
+        """Learning-rate multiplier after `frac` of the budget."""
+        if frac < 1 - self.warmdown_frac:
+            return 1.0
+        return max((1 - frac) / max(self.warmdown_frac, 1e-9), self.min_lr)
+
+
+CONTRADICTIONS: list[tuple[Callable[[Config], bool], str]] = [
+    (lambda c: c.model_dim % c.num_heads, "MODEL_DIM={model_dim} must be a multiple of NUM_HEADS={num_heads}"),
+    (lambda c: c.num_heads % c.num_kv_heads, "NUM_HEADS={num_heads} must be a multiple of NUM_KV_HEADS={num_kv_heads}"),
+    (lambda c: c.rope_dims % 2 or c.rope_dims > c.head_dim, "ROPE_DIMS={rope_dims} must be even and at most MODEL_DIM/NUM_HEADS"),
+    (lambda c: c.mlp_dim < 1, "MLP_MULT={mlp_mult} leaves no MLP units"),
+    (lambda c: c.gate_window > c.model_dim, "GATE_WINDOW={gate_window} exceeds MODEL_DIM={model_dim}"),
+    (lambda c: c.xsa_last_n > c.num_layers, "XSA_LAST_N={xsa_last_n} exceeds NUM_LAYERS={num_layers}"),
+    (lambda c: c.num_loops and not c.loop_start <= c.loop_end < c.num_layers,
+     "LOOP_START={loop_start} and LOOP_END={loop_end} must satisfy LOOP_START <= LOOP_END < NUM_LAYERS={num_layers}"),
+    (lambda c: 0 < c.loop_phase2_at < c.enable_looping_at,
+     "LOOP_PHASE2_AT={loop_phase2_at} must not come before ENABLE_LOOPING_AT={enable_looping_at}"),
+    (lambda c: c.sparse_attn_gate_enabled + c.gated_attn_enabled + c.attn_out_gate_enabled > 1,
+     "at most one of SPARSE_ATTN_GATE_ENABLED, GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED can be 1"),
+    (lambda c: c.parallel_start_layer > 0 and c.parallel_residual_start >= 0,
+     "PARALLEL_START_LAYER={parallel_start_layer} and PARALLEL_RESIDUAL_START={parallel_residual_start} exclude each other: "
+     "set the first to 0 or the second to -1"),
+    (lambda c: c.parallel_start_layer >= c.num_layers or c.parallel_residual_start >= c.num_layers,
+     "PARALLEL_START_LAYER={parallel_start_layer} and PARALLEL_RESIDUAL_START={parallel_residual_start} must be below "
+     "NUM_LAYERS={num_layers}"),
+    (lambda c: c.parallel_start_layer > 0 and c.parallel_start_layer in c.pass_order(0)[0][:c.pass_order(0)[1]],
+     "PARALLEL_START_LAYER={parallel_start_layer} must be a decoder layer (the upper half of NUM_LAYERS={num_layers})"),
+    (lambda c: c.parallel_start_layer > 0 and c.num_loops and c.parallel_start_layer <= c.loop_end,
+     "PARALLEL_START_LAYER={parallel_start_layer} must come after LOOP_END={loop_end}: lanes cannot loop"),
+    (lambda c: c.mixed_precision_low_frac + c.mixed_precision_high_frac > 1,
+     "MIXED_PRECISION_LOW_FRAC and MIXED_PRECISION_HIGH_FRAC add up to more than 1"),
+    (lambda c: c.prequant_only + c.quantize_only + c.ttt_eval_only > 1,
+     "at most one of PREQUANT_ONLY, QUANTIZE_ONLY, TTT_EVAL_ONLY can be 1"),
+    (lambda c: c.resume and (c.quantize_only or c.ttt_eval_only), "RESUME=1 needs training: not with QUANTIZE_ONLY or TTT_EVAL_ONLY"),
+    (lambda c: c.val_batch_tokens // 8 < c.eval_seq_len,
+     "VAL_BATCH_TOKENS={val_batch_tokens} must be at least 8 x EVAL_SEQ_LEN={eval_seq_len}"),
+    (lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
+     "GPTQ_RESERVE_SECONDS={gptq_reserve_seconds} leaves no training in MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}"),
+]
+ALIASES = {"EVAL_ONLY": "TTT_EVAL_ONLY"}
+# What a saved model depends on: an artifact or checkpoint made under other values is refused.
+MODEL_KNOBS = tuple(f.name for f in fields(Config) if f.name in """vocab_size num_layers model_dim num_heads num_kv_heads
+    mlp_mult xsa_last_n rope_base rope_dims rope_yarn rope_train_seq_len ln_scale logit_softcap skip_gates_enabled
+    tie_embeddings num_loops loop_start loop_end parallel_start_layer parallel_final_lane parallel_residual_start
+    smear_gate_enabled gate_window sparse_attn_gate_enabled sparse_attn_gate_scale gated_attn_enabled
+    attn_out_gate_enabled attn_out_gate_src""".split())
+
+
+def allowed_values(f) -> str:
+    """What a knob accepts, in words."""
+    m = f.metadata
+    if f.type == "bool":
+        return "0 or 1"
+    if "choices" in m:
+        return "one of " + ", ".join(m["choices"])
+    noun = {"int": "a whole number", "float": "a number", "str": "text"}[f.type]
+    limits = [f"{word} {m[key]}" for key, word in (("at_least", ">="), ("above", ">"), ("at_most", "<=")) if key in m]
+    return " ".join([noun, " and ".join(limits)]).strip()
+
+
+def parse_knob(f, text: str):
+    """One environment value -> the knob's type, within its limits; raises UserError naming variable and limits."""
+    m = f.metadata
+    try:
+        if f.type == "bool":
+            value = {"0": False, "1": True, "false": False, "true": True}[text.strip().lower()]
+        else:
+            value = {"int": int, "float": float, "str": str}[f.type](text)
+        ok = (("choices" not in m or value in m["choices"]) and ("at_least" not in m or value >= m["at_least"])
+              and ("above" not in m or value > m["above"]) and ("at_most" not in m or value <= m["at_most"])
+              and (f.type != "float" or math.isfinite(value)))
+    except (ValueError, KeyError):
+        ok = False
+    if not ok:
+        raise UserError(f"{f.name.upper()}={text!r}: expected {allowed_values(f)}")
+    return value
+
+
+def load_config(env: dict[str, str]) -> tuple[Config, list[str]]:
+    """Environment -> checked Config and warnings about names that look like ours. Raises UserError."""
+    table = {f.name.upper(): f for f in fields(Config)}
+    given = {}
+    for name, text in env.items():
+        target = ALIASES.get(name, name)
+        if target in table:
+            if target in given and env.get(target) != text:
+                raise UserError(f"{name}={text!r} contradicts {target}={env[target]!r}: set one of them")
+            given[target] = parse_knob(table[target], text)
+    warnings = []
+    for name in sorted(set(env) - set(table) - set(ALIASES)):
+        near = difflib.get_close_matches(name, [*table, *ALIASES], n=1, cutoff=0.85) if len(name) > 4 else []
+        if near:
+            warnings.append(f"warning: {name} is not a setting; did you mean {near[0]}?")
+    config = Config(**{name.lower(): value for name, value in given.items()})
+    suffix = "_lossless_caps_caseops_v1_reserved" if config.caseops_enabled else ""
+    paths = {"data_path": config.data_path or f"{config.data_dir}/datasets/fineweb10B_sp{config.vocab_size}{suffix}",
+             "tokenizer_path": config.tokenizer_path or f"{config.data_dir}/tokenizers/fineweb_{config.vocab_size}_bpe{suffix}.model",
+             "run_id": config.run_id or str(uuid.uuid4())}
+    config = Config(**{**asdict(config), **paths})
+    for broken, message in CONTRADICTIONS:
+        if broken(config):
+            raise UserError(message.format(**asdict(config)))
+    if not config.config_check:
+        for f in fields(Config):
+            if "later" in f.metadata and getattr(config, f.name) != f.default:
+                raise UserError(f"{f.name.upper()}={getattr(config, f.name)}: {f.metadata['later']}; leave it at {f.default}")
+    return config, warnings
+
+
+def config_table(config: Config) -> str:
+    """Every setting, one `  name: value` line each, in name order (the form that the challenge's log parsers read)."""
+    return "\n".join(f"  {name}: {value}" for name, value in sorted(asdict(config).items()))
+
+
+# ======================================================================================================================
+# RUNTIME: the ranks, the log, the ledger of seconds, files that are whole or not there
+# ======================================================================================================================
+
+
+class World:
+    """The ranks of this run. On one process every collective costs nothing; CPU tensors go through gloo."""
+
+    def __init__(self):
+        env = os.environ
+        try:
+            self.rank, self.size, self.local_rank = (int(env.get(k, d)) for k, d in
+                                                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        except ValueError:
+            raise UserError("RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: start with torchrun, or unset them") from None
+        if torch.cuda.is_available():
+            if self.local_rank >= torch.cuda.device_count():
+                raise UserError(f"local rank {self.local_rank} has no GPU: {torch.cuda.device_count()} are visible; lower --nproc_per_node")
+            self.device = torch.device("cuda", self.local_rank)
+            torch.cuda.set_device(self.device)
+        else:
+            self.device = torch.device("cpu")
+        if "RANK" in env:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+
+    def sum(self, t: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
+        """In-place all-reduce; returns t."""
+        if self.size > 1:
+            dist.all_reduce(t, op)
+        return t
+
+    def mean(self, t: Tensor) -> Tensor:
+        return self.sum(t).div_(self.size) if self.size > 1 else t
+
+    def broadcast(self, t: Tensor, source: int = 0) -> Tensor:
+        if self.size > 1:
+            dist.broadcast(t, source)
+        return t
+
+    def reduce_scatter(self, out: Tensor, t: Tensor):
+        """Start averaging t over ranks into each rank's slice `out`; returns a handle to wait on."""
+        return dist.reduce_scatter_tensor(out, t, async_op=True)
+
+    def all_gather(self, out: Tensor, t: Tensor):
+        return dist.all_gather_into_tensor(out, t, async_op=True)
+
+    def together(self, action: Callable):
+        """Run action on every rank; if any rank meets a UserError, all raise the first of them."""
+        result, error = None, None
+        try:
+            result = action()
+        except UserError as e:
+            error = (str(e), e.code)
+        if self.size > 1:
+            errors = [None] * self.size
+            dist.all_gather_object(errors, error)
+            error = next((e for e in errors if e), None)
+        if error:
+            raise UserError(*error)
+        return result
+
+    def sync(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def close(self):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Log:
+    """One line per event, on rank 0: console and file."""
+
+    def __init__(self, path: Path | None, quiet: bool):
+        self.quiet, self.file = quiet, None
+        if path and not quiet:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = open(path, "a", buffering=1)
+            except OSError as e:
+                raise UserError(f"cannot write the log {path}: {e.strerror}") from None
+
+    def __call__(self, text: str, console: bool = True):
+        if self.quiet:
+            return
+        if console:
+            print(text, flush=True)
+        if self.file:
+            print(text, file=self.file)
+
+
+class Ledger:
+    """Seconds of every stage, and what the two budgets (train, eval) have used."""
+
+    def __init__(self, log: Log, world: World, train_limit: float):
+        self.log, self.world = log, world
+        self.limits = {"train": train_limit, "eval": EVAL_BUDGET_SECONDS}
+        self.used = {"train": 0.0, "eval": 0.0, "none": 0.0}
+
+    @contextlib.contextmanager
+    def stage(self, name: str, budget: str = "none"):
+        """Charge the wall-clock seconds of a with-block, device work included."""
+        start = time.perf_counter()
+        yield
+        self.world.sync()
+        self.charge(name, time.perf_counter() - start, budget)
+
+    def charge(self, name: str, seconds: float, budget: str = "none"):
+        self.used[budget] += seconds
+        self.log(f"ledger stage:{name} seconds:{seconds:.3f} budget:{budget}")
+
+    def close(self, budget: str):
+        """Log used/limit, and the violation line that a record is refused for."""
+        used, limit = self.used[budget], self.limits[budget]
+        self.log(f"budget {budget} {used:.2f}/{limit:.0f}" if limit else f"budget {budget} {used:.2f}/none")
+        if limit and used > limit:
+            self.log(f"budget_violation: {budget} used {used:.2f} s of {limit:.0f} s")
+
+
+class Progress:
+    """`name done/total (left: N s)` lines for stages of more than 5 s, no more than one every 5 s."""
+
+    def __init__(self, log: Log, name: str, total: int):
+        self.log, self.name, self.total = log, name, total
+        self.start = self.last = time.perf_counter()
+
+    def __call__(self, done: int):
+        now = time.perf_counter()
+        if now - self.last > 5 and done < self.total:
+            self.last = now
+            self.log(f"progress {self.name} {done}/{self.total} left: {(now - self.start) / done * (self.total - done):.0f} s")
+
+
+class Run(NamedTuple):
+    """What every stage needs to know."""
+    config: Config
+    world: World
+    log: Log
+    ledger: Ledger
+    folder: Path            # where checkpoints and the artifact go
+
+
+def write_atomically(path: Path, data: bytes):
+    """All of data at path, or the old file untouched: temporary file, fsync, rename. Raises UserError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write {path} ({len(data):,} bytes): {e.strerror}") from None
+
+
+def checksum(tensors: dict[str, Tensor]) -> int:
+    """CRC-32 over names and bytes, in name order."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].detach().contiguous().cpu().view(torch.uint8).reshape(-1).numpy(), zlib.crc32(name.encode(), crc))
+    return crc
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], state: dict):
+    """safetensors whose metadata is `state` as JSON, plus a checksum of the tensors."""
+    from safetensors.torch import save
+    tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
+    write_atomically(path, save(tensors, {"state": json.dumps({**state, "crc32": checksum(tensors)})}))
+
+
+def load_tensors(path: Path, config: Config) -> tuple[dict[str, Tensor], dict]:
+    """Read what save_tensors wrote; raises UserError if missing, damaged, or made under other MODEL_KNOBS."""
+    from safetensors import SafetensorError, safe_open
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run training first (it is written at its end)")
+    try:
+        with safe_open(path, "pt") as f:
+            state = json.loads((f.metadata() or {}).get("state", "{}"))
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+    except (SafetensorError, OSError, ValueError) as e:
+        raise UserError(f"{path} is damaged: {str(e).splitlines()[0]}") from None
+    if "crc32" in state and state["crc32"] != checksum(tensors):
+        raise UserError(f"{path} is damaged: its tensors do not match their checksum")
+    check_same_model(path, state.get("model", {}), config)
+    return tensors, state
+
+
+def model_knobs(config: Config) -> dict:
+    return {name: getattr(config, name) for name in MODEL_KNOBS}
+
+
+def check_same_model(path: Path, saved: dict, config: Config):
+    """UserError when a file was made under other MODEL_KNOBS than the run's."""
+    for name, value in model_knobs(config).items():
+        if name in saved and saved[name] != value:
+            raise UserError(f"{path} was made with {name.upper()}={saved[name]}, this run has {value}: use the same settings")
+
+
+class Signals:
+    """SIGTERM and SIGINT ask for a stop at the end of the step; a second one kills as usual."""
+
+    def __init__(self):
+        self.received = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, _frame):
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+def script_source() -> str:
+    """This program's own text: of the file, or of what a packed script unpacked (see ARTIFACT)."""
+    packed = globals().get("PACKED_SOURCE")
+    return packed if packed else Path(__file__).read_text()
+
+
+def log_provenance(run: Run, attention: str, shards: list[Path]):
+    """Settings, versions, devices, revision, checksums and source: what a reader needs to repeat the run."""
+    c, log, source = run.config, run.log, script_source()
+    log("Hyperparameters:\n" + config_table(c))
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+                "triton": getattr(triton, "__version__", None), "attention": attention}
+    log("version " + " ".join(f"{k}:{v}" for k, v in versions.items()))
+    name = torch.cuda.get_device_name() if run.world.device.type == "cuda" else platform.processor() or platform.machine()
+    log(f"device count:{run.world.size} name:{name}")
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        git = lambda *a: subprocess.run(["git", *a], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+        log(f"git revision:{git('rev-parse', 'HEAD')}{'+dirty' if git('status', '--porcelain', '-uno') else ''}")
+    log(f"script sha256:{hashlib.sha256(source.encode()).hexdigest()} bytes:{len(source.encode())}")
+    for path in shards:
+        head = open(path, "rb").read(HEADER_BYTES)
+        log(f"input file:{path} sha256:{hashlib.sha256(head).hexdigest()} tokens:{np.frombuffer(head, '<i4')[2]}", console=False)
+    lines = source.splitlines()
+    log(f"source_begin lines:{len(lines)}\n" + "\n".join("| " + line for line in lines) + "\nsource_end", console=False)
+
+
+# ======================================================================================================================
+# DATA: shards, the shared cursor over them, document segments, bytes of every token
+# ======================================================================================================================
+
+BOS = 1                                     # begins every document
+HEADER_BYTES, MAGIC, VERSION = 1024, 20240520, 1
+PAD_SEGMENTS = 64                           # cu_seqlens is padded to a multiple of this: few lengths
+
+
+def find_shards(config: Config, split: str, kind: str = "") -> list[Path]:
+    """Shards of a split ("train", "val") in name order; raises UserError naming the command that makes them."""
+    folder = Path(config.data_path)
+    variant = "caseops" if config.caseops_enabled else f"sp{config.vocab_size}"
+    hint = f"run `python data/sample.py` for the sample or `python data/download.py --variant {variant}`, or set DATA_PATH"
+    if not folder.is_dir():
+        raise UserError(f"data folder {folder} is missing: {hint}")
+    paths = sorted(folder.glob(f"fineweb_{split}_{kind}[0-9]*.bin"))
+    if not paths:
+        raise UserError(f"no fineweb_{split}_{kind}*.bin in {folder}: {hint}")
+    return paths
+
+
+def read_shard(path: Path, vocab_size: int, sample: bool = True) -> np.memmap:
+    """Tokens of one shard, uint16 memory map. Raises UserError unless magic, version, size and ids are right."""
+    size = path.stat().st_size
+    if size < HEADER_BYTES:
+        raise UserError(f"{path} has {size} bytes: expected a header of {HEADER_BYTES}")
+    header = np.fromfile(path, "<i4", 256)
+    if header[0] != MAGIC or header[1] != VERSION:
+        raise UserError(f"{path} begins with ({header[0]}, {header[1]}): expected magic {MAGIC} and version {VERSION}")
+    expected = HEADER_BYTES + 2 * int(header[2])
+    if size != expected:
+        raise UserError(f"{path} has {size} bytes: expected {expected} for {header[2]} tokens (truncated?)")
+    if header[2] == 0:
+        raise UserError(f"{path} holds no tokens")
+    tokens = np.memmap(path, "<u2", "r", HEADER_BYTES)
+    seen = tokens[:: max(1, len(tokens) // 65536)] if sample else tokens
+    if int(seen.max()) >= vocab_size:
+        raise UserError(f"{path} has token id {int(seen.max())}: expected ids below VOCAB_SIZE={vocab_size}")
+    return tokens
+
+
+def segment_bounds(ids: np.ndarray, limit: int) -> np.ndarray:
+    """Starts of the segments of a packed row: at 0, at every BOS, and every `limit` tokens inside a document."""
+    starts = np.flatnonzero(ids == BOS)
+    if not len(starts) or starts[0] != 0:
+        starts = np.concatenate(([0], starts))
+    pieces = -(-np.diff(starts, append=len(ids)) // limit)
+    first = np.cumsum(pieces) - pieces
+    return np.repeat(starts, pieces) + limit * (np.arange(pieces.sum()) - np.repeat(first, pieces))
+
+
+def pad_cu_seqlens(starts: np.ndarray, total: int) -> np.ndarray:
+    """Segment starts -> int32 cu_seqlens, padded with `total` to a multiple of PAD_SEGMENTS entries."""
+    out = np.full(-(-(len(starts) + 1) // PAD_SEGMENTS) * PAD_SEGMENTS, total, np.int32)
+    out[: len(starts)] = starts
+    return out
+
+
+class Segments(NamedTuple):
+    """Documents of a packed row: attention never crosses them. cu_seqlens int32 [n], entries past the last = T."""
+    cu_seqlens: Tensor
+    longest: int
+
+
+class Batch(NamedTuple):
+    """One packed row: ids and targets int64 [1, T]; cursor: the stream's position after it."""
+    ids: Tensor
+    targets: Tensor
+    segments: Segments
+    cursor: int = 0
+
+
+class TokenStream:
+    """Spans of tokens+1 for every rank from one shared cursor over the shards in name order, carried over their ends.
+
+    The cursor counts tokens since the start of the first epoch. Raises UserError when all shards hold less than one
+    span for every rank.
+    """
+
+    def __init__(self, shards: list[np.ndarray], rank: int, size: int, tokens: int, limit: int):
+        self.shards, self.rank, self.size, self.tokens, self.limit, self.cursor = shards, rank, size, tokens, limit, 0
+        self.ends = np.cumsum([len(s) for s in shards])
+        if self.ends[-1] < size * (tokens + 1):
+            raise UserError(f"the training shards hold {self.ends[-1]} tokens: one step needs {size * (tokens + 1)} "
+                            "(world size x (micro-batch + 1)); lower TRAIN_BATCH_TOKENS or add data")
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        out, total = np.empty(count, np.uint16), int(self.ends[-1])
+        done = 0
+        while done < count:
+            at = (start + done) % total
+            i = int(np.searchsorted(self.ends, at, side="right"))
+            part = self.shards[i][at - (self.ends[i] - len(self.shards[i])):][: count - done]
+            out[done: done + len(part)] = part
+            done += len(part)
+        return out
+
+    def next(self) -> tuple[np.ndarray, int]:
+        """This rank's next span (uint16 [tokens + 1]) and the cursor after it."""
+        span = self.tokens + 1
+        row = self.read(self.cursor + self.rank * span, span)
+        self.cursor += self.size * span
+        return row, self.cursor
+
+    @property
+    def epoch(self) -> int:
+        return self.cursor // int(self.ends[-1]) + 1
+
+
+def to_batch(row: np.ndarray, limit: int, cursor: int = 0) -> Batch:
+    """uint16 [T+1] -> a packed CPU batch of T positions."""
+    ids = torch.from_numpy(row.astype(np.int64))
+    cu = torch.from_numpy(pad_cu_seqlens(segment_bounds(row[:-1], limit), len(row) - 1))
+    return Batch(ids[None, :-1], ids[None, 1:], Segments(cu, limit), cursor)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copy to the device without waiting. cu_seqlens changes length: its compiled users treat it as dynamic."""
+    move = lambda t: t.to(device, non_blocking=True)
+    cu = move(batch.segments.cu_seqlens)
+    if device.type == "cuda":
+        torch._dynamo.mark_dynamic(cu, 0)
+    return Batch(move(batch.ids), move(batch.targets), Segments(cu, batch.segments.longest), batch.cursor)
+
+
+class Prefetcher:
+    """Reads a stream ahead in a thread; `next()` gives device batches. Close it to end the thread."""
+
+    def __init__(self, stream: TokenStream, device: torch.device, depth: int = 4):
+        self.stream, self.device, self.cursor = stream, device, stream.cursor
+        self.queue, self.stopped = queue.Queue(depth), threading.Event()
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+
+    def work(self):
+        try:
+            while not self.stopped.is_set():
+                row, cursor = self.stream.next()
+                item = to_batch(row, self.stream.limit, cursor)
+                if self.device.type == "cuda":
+                    item = Batch(item.ids.pin_memory(), item.targets.pin_memory(),
+                                 Segments(item.segments.cu_seqlens.pin_memory(), item.segments.longest), item.cursor)
+                while not self.stopped.is_set():
+                    with contextlib.suppress(queue.Full):
+                        self.queue.put(item, timeout=0.2)
+                        break
+        except BaseException as e:          # handed to next(): a thread's exception would go unseen
+            self.queue.put(e)
+
+    def next(self) -> Batch:
+        item = self.queue.get()
+        if isinstance(item, OSError):
+            raise UserError(f"a training shard vanished or cannot be read: {item}")
+        if isinstance(item, BaseException):
+            raise item
+        self.cursor = item.cursor
+        return to_device(item, self.device)
+
+    def close(self):
+        self.stopped.set()
+        self.thread.join()
+
+
+class Validation(NamedTuple):
+    """tokens uint16 [N]; byte_counts int64 [N]: UTF-8 bytes that tokens[i] stands for after tokens[i-1]."""
+    tokens: np.ndarray
+    byte_counts: np.ndarray
+
+
+def token_byte_table(tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """SentencePiece model -> per piece: bytes without a leading space, has a leading space, is a boundary (control...)."""
+    n = tokenizer.vocab_size()
+    lengths, spaced, boundary = np.zeros(n, np.int64), np.zeros(n, bool), np.zeros(n, bool)
+    for i in range(n):
+        if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
+            boundary[i] = True
+        elif tokenizer.is_byte(i):
+            lengths[i] = 1
+        else:
+            piece = tokenizer.id_to_piece(i)
+            spaced[i] = piece.startswith("\u2581")
+            lengths[i] = len(piece.removeprefix("\u2581").replace("\u2581", " ").encode())
+    return lengths, spaced, boundary
+
+
+def count_bytes(tokens: np.ndarray, table: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+    """UTF-8 bytes of each token: its piece, plus its leading space unless a boundary token (BOS) comes before."""
+    lengths, spaced, boundary = table
+    counts = lengths[tokens]
+    counts[1:] += spaced[tokens[1:]] & ~boundary[tokens[:-1]]
+    return counts
+
+
+def load_tokenizer(config: Config):
+    """SentencePieceProcessor of VOCAB_SIZE pieces; raises UserError."""
+    import sentencepiece
+    if not Path(config.tokenizer_path).is_file():
+        raise UserError(f"tokenizer {config.tokenizer_path} is missing: set TOKENIZER_PATH, or see data/download.py and data/sample.py")
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=config.tokenizer_path)
+    except (RuntimeError, OSError) as e:
+        raise UserError(f"tokenizer {config.tokenizer_path} is not a SentencePiece model: {str(e).splitlines()[0]}") from None
+    if tokenizer.vocab_size() != config.vocab_size:
+        raise UserError(f"tokenizer {config.tokenizer_path} has {tokenizer.vocab_size()} pieces: expected VOCAB_SIZE={config.vocab_size}")
+    return tokenizer
+
+
+def check_byte_counts(tokens: np.ndarray, counts: np.ndarray, tokenizer, documents: int = 32) -> int:
+    """Compare the byte counts of the first documents with their decoded text; raises UserError where they differ."""
+    starts = [*np.flatnonzero(tokens == BOS)[: documents + 1], len(tokens)]
+    for a, b in zip(starts[:documents], starts[1:]):
+        text = tokenizer.decode(tokens[a + 1: b].tolist())
+        if "\ufffd" not in text and len(text.encode()) != counts[a: b].sum():
+            raise UserError(f"bytes of the validation document at token {a} add up to {counts[a: b].sum()}: "
+                            f"its text has {len(text.encode())}")
+    return min(documents, len(starts) - 1)
+
+
+def load_validation(config: Config, log: Log) -> Validation:
+    """All validation tokens with their bytes; raises UserError on anything that would give a wrong score."""
+    tokens = np.concatenate([read_shard(p, config.vocab_size, sample=False) for p in find_shards(config, "val")])
+    if len(tokens) < 2:
+        raise UserError(f"the validation shards in {config.data_path} hold {len(tokens)} token: expected at least 2")
+    if not (tokens == BOS).any():
+        raise UserError(f"the validation shards in {config.data_path} have no BOS (token {BOS}): expected one before every document")
+    tokenizer = load_tokenizer(config)
+    if config.caseops_enabled:
+        counts = np.concatenate([read_shard(p, 65536) for p in find_shards(config, "val", "bytes_")]).astype(np.int64)
+        if len(counts) != len(tokens):
+            raise UserError(f"the byte sidecar in {config.data_path} has {len(counts)} entries: "
+                            f"expected one for each of {len(tokens)} tokens")
+    else:
+        counts = count_bytes(tokens, token_byte_table(tokenizer))
+        log(f"byte_check documents:{check_byte_counts(tokens, counts, tokenizer)} equal to their text")
+    return Validation(tokens, counts)
+
+
+# ======================================================================================================================
+# KERNELS: every fast kernel beside the plain version that defines it
+# ======================================================================================================================
+
+KERNELS: dict[str, Kernel] = {}     # name -> pair; tests compare each pair, bench/step.py times it
+
+
+@dataclass
+class Kernel:
+    """A pair of functions with one meaning. Call it: the fast one runs on CUDA unless it is switched off."""
+    reference: Callable
+    fast: Callable
+    enabled: bool = True
+
+    def __call__(self, x: Tensor, *rest):
+        return (self.fast if self.enabled and x.is_cuda else self.reference)(x, *rest)
+
+
+def kernel(reference: Callable):
+    """Decorator: register a fast version beside its reference, under the reference's name less `_reference`."""
+    def register(fast: Callable) -> Kernel:
+        name = reference.__name__.removesuffix("_reference")
+        KERNELS[name] = Kernel(reference, fast)
+        return KERNELS[name]
+    return register
+
+
+def select_kernels(config: Config):
+    """Apply KERNELS_OFF and FUSED_CE_ENABLED; raises UserError for an unknown name."""
+    off = {name.strip() for name in config.kernels_off.split(",") if name.strip()}
+    unknown = off - set(KERNELS) - {"all"}
+    if unknown:
+        raise UserError(f"KERNELS_OFF={config.kernels_off!r}: expected names of {', '.join(KERNELS)}, or all")
+    for name, pair in KERNELS.items():
+        pair.enabled = triton is not None and not {name, "all"} & off and (name != "softcap_ce" or config.fused_ce_enabled)
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                 # a CPU install has none: the references serve
+    triton = tl = None
+
+
+def softcap_ce_reference(logits_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
+    """Cross-entropy in nats of each row under cap*tanh(logit/cap), float32 [N]."""
+    return F.cross_entropy(cap * torch.tanh(logits_NV.float() / cap), targets_N, reduction="none")
+
+
+if triton is not None:
+    @triton.jit
+    def softcap_ce_kernel(logits, targets, losses, lse, grad_losses, grad_logits, V, cap,
+                          BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
+        """A row per program. Forward: one online pass keeps max and sum. Backward: recomputes the softmax from lse."""
+        row = tl.program_id(0).to(tl.int64)
+        target = tl.load(targets + row)
+        columns = tl.arange(0, BLOCK)
+        if BACKWARD:
+            total, scale = tl.load(lse + row), tl.load(grad_losses + row)
+            for start in range(0, V, BLOCK):
+                j = start + columns
+                t = 2 * tl.sigmoid(2 / cap * tl.load(logits + row * V + j, mask=j < V, other=0.0).to(tl.float32)) - 1
+                p = tl.exp(cap * t - total) - tl.where(j == target, 1.0, 0.0)
+                tl.store(grad_logits + row * V + j, (scale * p * (1 - t * t)).to(grad_logits.dtype.element_ty), mask=j < V)
+        else:
+            top, mass = cap * -2.0, 0.0         # below every capped logit
+            for start in range(0, V, BLOCK):
+                j = start + columns
+                x = tl.load(logits + row * V + j, mask=j < V, other=0.0).to(tl.float32)
+                z = tl.where(j < V, cap * (2 * tl.sigmoid(2 / cap * x) - 1), float("-inf"))
+                higher = tl.maximum(top, tl.max(z, 0))
+                mass = mass * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), 0)
+                top = higher
+            x = tl.load(logits + row * V + target).to(tl.float32)
+            total = top + tl.log(mass)
+            tl.store(lse + row, total)
+            tl.store(losses + row, total - cap * (2 * tl.sigmoid(2 / cap * x) - 1))
+
+    def _launch_softcap_ce(logits, targets, losses, lse, grad_losses, grad_logits, cap, backward):
+        n, v = logits.shape
+        softcap_ce_kernel[(n,)](logits, targets, losses, lse, grad_losses, grad_logits, v, cap,
+                                BLOCK=min(8192, triton.next_power_of_2(v)), BACKWARD=backward, num_warps=8)
+
+    @torch.library.custom_op("pgolf::softcap_ce", mutates_args=())
+    def _softcap_ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+        logits = logits.contiguous()
+        losses, lse = (torch.empty(len(logits), device=logits.device) for _ in range(2))
+        _launch_softcap_ce(logits, targets, losses, lse, losses, logits, cap, False)
+        return losses, lse
+
+    @torch.library.custom_op("pgolf::softcap_ce_backward", mutates_args=())
+    def _softcap_ce_backward(logits: Tensor, targets: Tensor, lse: Tensor, grad_losses: Tensor, cap: float) -> Tensor:
+        logits = logits.contiguous()
+        grad = torch.empty_like(logits)
+        _launch_softcap_ce(logits, targets, lse, lse, grad_losses.contiguous(), grad, cap, True)
+        return grad
+
+    @_softcap_ce_forward.register_fake
+    def _(logits, targets, cap):
+        return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
+
+    @_softcap_ce_backward.register_fake
+    def _(logits, targets, lse, grad_losses, cap):
+        return torch.empty_like(logits)
+
+    def _softcap_ce_save(ctx, inputs, output):
+        logits, targets, ctx.cap = inputs
+        ctx.save_for_backward(logits, targets, output[1])
+
+    _softcap_ce_forward.register_autograd(
+        lambda ctx, grad, _: (_softcap_ce_backward(*ctx.saved_tensors, grad, ctx.cap), None, None), setup_context=_softcap_ce_save)
+
+
+@kernel(softcap_ce_reference)
+def softcap_ce(logits_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
+    """Softcap and cross-entropy in one pass: float32 losses [N]; the softcapped logits are never stored (Triton)."""
+    return _softcap_ce_forward(logits_NV, targets_N, cap)[0]
+
+
+# ======================================================================================================================
+# MODEL: one forward, one attention, for training, evaluation, calibration and test-time training
+# ======================================================================================================================
+
+NORM_EPS = torch.finfo(torch.float32).eps       # the same in every precision
+
+# Parameters are stacked over layers, so that Muon sees equal shapes in one batch and few tensors move between ranks;
+# in files every layer's part has its own name. One row: parameter -> names of its consecutive groups of L entries.
+PER_LAYER_NAMES = {
+    "qo_bank": ("blocks.{}.attn.c_q.weight", "blocks.{}.attn.proj.weight"),
+    "kv_bank": ("blocks.{}.attn.c_k.weight", "blocks.{}.attn.c_v.weight"),
+    "mlp_up_bank": ("blocks.{}.mlp.fc.weight",),
+    "mlp_down_bank": ("blocks.{}.mlp.proj.weight",),
+    "q_gain": ("blocks.{}.attn.q_gain",),
+    "attn_gate_w": ("blocks.{}.attn.attn_gate_w",),
+    "attn_scale": ("blocks.{}.attn_scale",),
+    "mlp_scale": ("blocks.{}.mlp_scale",),
+    "resid_mix": ("blocks.{}.resid_mix",),
+}
+FILE_NAMES = {"tok_emb": "tok_emb.weight", "lm_head": "lm_head.weight", "smear_gate": "smear_gate.weight"}
+BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
+
+
+class LoRA(NamedTuple):
+    """Low-rank adapter per batch row: x [B, T, I] -> scale * x A^T B^T, with a [B, R, I], b [B, O, R]."""
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def __call__(self, x_BTI: Tensor) -> Tensor:
+        low = torch.bmm(x_BTI, self.a.to(x_BTI.dtype).transpose(1, 2))
+        return torch.bmm(low, self.b.to(x_BTI.dtype).transpose(1, 2)) * self.scale
+
+
+class PassAdapters(NamedTuple):
+    """Adapters of one pass over a layer; None: none. The o and mlp adapters read the normed inputs n and run beside."""
+    q: LoRA | None = None
+    k: LoRA | None = None
+    v: LoRA | None = None
+    o: LoRA | None = None
+    mlp: LoRA | None = None
+
+
+class Adapters(NamedTuple):
+    """Everything that test-time training adds to a forward: one PassAdapters per pass slot, one LoRA on the head."""
+    passes: tuple[PassAdapters, ...]
+    head: LoRA | None = None
+
+
+class Layer(NamedTuple):
+    """One layer's tensors, matrices in the compute precision, and the skip that enters this pass (or None)."""
+    q: Tensor               # [D, D]
+    k: Tensor               # [K*hd, D]
+    v: Tensor
+    o: Tensor               # [D, D]
+    up: Tensor              # [M, D]
+    down: Tensor            # [D, M]
+    q_gain: Tensor          # [H]
+    gate: Tensor | None     # [H, window or D]
+    attn_scale: Tensor      # [D]
+    mlp_scale: Tensor       # [D]
+    mix: Tensor             # [2, D]: of the stream and of x0
+    depth_scale: Tensor     # []
+    lane_keep: Tensor | None    # [2]: what each lane keeps of itself
+    lane_add: Tensor | None     # [source, lane]
+
+
+class Skip(NamedTuple):
+    x: Tensor
+    weight: Tensor          # [D]
+    gate: Tensor | None     # [D]
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
+
+
+def linear(x: Tensor, weight: Tensor, adapter: LoRA | None = None) -> Tensor:
+    """x W^T plus an adapter's part: the only place where an adapter meets a matrix."""
+    y = F.linear(x, weight)
+    return y if adapter is None else y + adapter(x)
+
+
+def rotary_table(length: int, config: Config, context: int, device) -> tuple[Tensor, Tensor]:
+    """cos and sin [length, ROPE_DIMS/2], float32; with ROPE_YARN the base grows once context exceeds training's."""
+    dims, base = config.rope_dims, config.rope_base
+    if config.rope_yarn and context > config.rope_train_seq_len and dims > 2:
+        base *= (context / config.rope_train_seq_len) ** (dims / (dims - 2))
+    frequencies = base ** -(torch.arange(0, dims, 2, device=device, dtype=torch.float64) / max(dims, 1))
+    angles = torch.arange(length, device=device, dtype=torch.float64)[:, None] * frequencies
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the first 2*cos.shape[1] dimensions of each head, as two halves."""
+    half = cos.shape[1]
+    if half == 0:
+        return x_BTHd
+    cos, sin = cos[:, None], sin[:, None]
+    a, b, rest = x_BTHd[..., :half].float(), x_BTHd[..., half: 2 * half].float(), x_BTHd[..., 2 * half:]
+    return torch.cat(((a * cos + b * sin).to(rest.dtype), (b * cos - a * sin).to(rest.dtype), rest), -1)
+
+
+def remove_own_value(y_BTHd: Tensor, v_BTKd: Tensor) -> Tensor:
+    """XSA: each query head's output loses its component along its own position's value vector."""
+    B, T, H, d = y_BTHd.shape
+    v = F.normalize(v_BTKd.float(), dim=-1)[:, :, :, None]
+    y = y_BTHd.float().view(B, T, v.shape[2], -1, d)
+    return (y - (y * v).sum(-1, keepdim=True) * v).view(B, T, H, d).to(y_BTHd.dtype)
+
+
+def attend_fa3(q, k, v, segments: Segments | None) -> Tensor:
+    """FlashAttention 3 (Hopper). q [B, T, H, d], k and v [B, T, K, d] -> [B, T, H, d]."""
+    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+    if segments is None:
+        y = flash_attn_func(q, k, v, causal=True)
+    else:
+        cu, longest = segments
+        y = flash_attn_varlen_func(q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest,
+                                   max_seqlen_k=longest, causal=True)[None]
+    return y
+
+
+def attend_varlen(q, k, v, segments: Segments | None) -> Tensor:
+    """PyTorch's own variable-length attention (2.10 and later, any CUDA GPU with FlashAttention 2)."""
+    if segments is None:
+        return attend_sdpa(q, k, v, None)
+    from torch.nn.attention.varlen import varlen_attn
+    known = inspect.signature(varlen_attn).parameters
+    groups = q.shape[2] // k.shape[2]
+    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:
+        options["enable_gqa"] = groups > 1
+    elif groups > 1:
+        k, v = (t.repeat_interleave(groups, 2) for t in (k, v))
+    cu, longest = segments
+    return varlen_attn(q[0], k[0], v[0], cu, cu, longest, longest, **options)[None]
+
+
+def attend_sdpa(q, k, v, segments: Segments | None) -> Tensor:
+    """scaled_dot_product_attention, document by document: the block-causal mask without ever storing it."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    call = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    if segments is None:
+        return call(q, k, v).transpose(1, 2)
+    cuts = torch.unique(segments.cu_seqlens).tolist()
+    parts = [call(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b]) for a, b in zip(cuts, cuts[1:])]
+    return torch.cat(parts, 2).transpose(1, 2)
+
+
+ATTENTION = {"fa3": attend_fa3, "varlen": attend_varlen, "sdpa": attend_sdpa}
+
+
+def choose_attention(config: Config, device: torch.device) -> str:
+    """The fastest backend that this machine has, or the one asked for; raises UserError when that one is missing."""
+    def have(module: str) -> bool:
+        try:
+            __import__(module)
+        except Exception:           # a broken wheel raises anything from OSError up
+            return False
+        return True
+    cuda = device.type == "cuda"
+    usable = {"fa3": cuda and torch.cuda.get_device_capability(device)[0] == 9 and have("flash_attn_interface"),
+              "varlen": cuda and have("torch.nn.attention.varlen"), "sdpa": True}
+    if config.attention_backend == "auto":
+        return next(name for name, ok in usable.items() if ok)
+    if not usable[config.attention_backend]:
+        raise UserError(f"ATTENTION_BACKEND={config.attention_backend} is not usable here: expected auto, or one of "
+                        + ", ".join(name for name, ok in usable.items() if ok))
+    return config.attention_backend
+
+
+class PassShape(NamedTuple):
+    """What decides the code of a pass, and nothing else: equal shapes share one compiled graph."""
+    kind: str               # "sequential", "parallel" (GPT-J) or "lanes"
+    xsa: bool
+    heads: int
+    kv_heads: int
+    gate_kind: str          # "", "sparse", "full", "out_proj", "out_input"
+    gate_window: int
+    gate_scale: float
+    attention: str
+
+
+def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: PassAdapters, tap) -> Tensor:
+    """Gated, document-masked attention of the normed input n [B, T, D] -> [B, T, D], output projection included."""
+    B, T, D = n.shape
+    heads = lambda x, count: x.view(B, T, count, -1)
+    q_flat = linear(n, w.q, adapter.q)
+    q = heads(q_flat, shape.heads)
+    k = heads(linear(n, w.k, adapter.k), shape.kv_heads)
+    v = heads(linear(n, w.v, adapter.v), shape.kv_heads)
+    q = (rotate(norm(q), *rope).float() * w.q_gain[:, None]).to(n.dtype)
+    y = ATTENTION[shape.attention](q, rotate(norm(k), *rope), v, segments)
+    if shape.xsa:
+        y = remove_own_value(y, v)
+    if w.gate is not None:
+        source = q_flat if shape.gate_kind == "out_proj" else n
+        z = F.linear(source[..., : w.gate.shape[1]], w.gate.to(n.dtype)).float()
+        gate = 2 * torch.sigmoid(z) if shape.gate_kind.startswith("out") else torch.sigmoid(z * shape.gate_scale)
+        y = (y.float() * gate[..., None]).to(n.dtype)
+    y = y.reshape(B, T, D)
+    if tap:
+        tap("attn", n)
+        tap("attn.proj", y)
+    out = linear(y, w.o)
+    return out if adapter.o is None else out + adapter.o(n)
+
+
+def mlp(n: Tensor, w: Layer, adapter: PassAdapters, tap) -> Tensor:
+    """leaky_relu(n Up^T, 0.5)^2 Down^T."""
+    hidden = F.leaky_relu(linear(n, w.up), 0.5).square()
+    if tap:
+        tap("mlp.fc", n)
+        tap("mlp.proj", hidden)
+    out = linear(hidden, w.down)
+    return out if adapter.mlp is None else out + adapter.mlp(n)
+
+
+NO_ADAPTERS = PassAdapters()
+
+
+def block(x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip | None, w: Layer, segments, rope, shape: PassShape,
+          adapter: PassAdapters = NO_ADAPTERS, tap=None) -> tuple[Tensor, Tensor | None]:
+    """One pass over a layer. x: the stream (with two lanes: the attention lane), lane: the MLP lane or None.
+
+    A U-Net skip is merged into x first. tap(role, input) sees the input of every matrix (calibration).
+    """
+    dtype = x.dtype
+    if skip is not None:
+        merged = skip.weight * skip.x
+        x = (merged + torch.sigmoid(skip.gate) * (x - merged) if skip.gate is not None else x + merged).to(dtype)
+    u = (w.mix[0] * x + w.mix[1] * x0).to(dtype)
+    n = norm(u) * w.depth_scale
+    att = w.attn_scale * attention(n, w, segments, rope, shape, adapter, tap)
+    if shape.kind == "sequential":
+        h = (u + att).to(dtype)
+        return (h + w.mlp_scale * mlp(norm(h) * w.depth_scale, w, adapter, tap)).to(dtype), None
+    out = w.mlp_scale * mlp(norm(u if shape.kind == "parallel" else lane) * w.depth_scale, w, adapter, tap)
+    if shape.kind == "parallel":
+        return (u + att + out).to(dtype), None
+    keep, add = w.lane_keep, w.lane_add
+    return ((keep[0] * x + add[0, 0] * att + add[1, 0] * out).to(dtype),
+            (keep[1] * lane + add[0, 1] * att + add[1, 1] * out).to(dtype))
+
+
+def embed(ids_BT: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Token embedding, SmearGate and norm. A BOS takes nothing from the token before it: documents stay apart."""
+    x = F.embedding(ids_BT, table).to(dtype)
+    if gate is not None:
+        z = F.linear(x[..., : gate.shape[1]], gate.to(dtype)).float()
+        amount = strength * torch.sigmoid(z) * (ids_BT != BOS)[..., None]
+        x = (x + amount * F.pad(x, (0, 0, 1, 0))[:, :-1]).to(dtype)
+    return norm(x)
+
+
+def head_losses(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, cap: float, adapter: LoRA | None, tap=None) -> Tensor:
+    """Cross-entropy in nats of every position, float32 [B, T]."""
+    n = norm(x_BTD)
+    if tap:
+        tap("tok_emb.weight", n)
+    logits = linear(n, weight_VD, adapter)
+    return softcap_ce(logits.flatten(0, 1), targets_BT.flatten(), cap).view(targets_BT.shape)
+
+
+class GPT(nn.Module):
+    """The network of spec model.md: depth recurrence with U-Net skips, XSA, head gates, parallel residuals.
+
+    Parameters are float32 masters; `dtype` is the compute precision.
+    """
+
+    def __init__(self, config: Config, device: torch.device, attention_name: str = "sdpa", compiled: bool = False):
+        super().__init__()
+        c = self.config = config
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.attention_name = attention_name
+        L, D, H, kv, M = c.num_layers, c.model_dim, c.num_heads, c.num_kv_heads * c.head_dim, c.mlp_dim
+        passes = c.pass_order(c.num_loops)[1]
+        g = torch.Generator().manual_seed(c.seed)
+        ones = lambda *shape: nn.Parameter(torch.ones(shape))
+        zeros = lambda *shape: nn.Parameter(torch.zeros(shape))
+        normal = lambda std, *shape: nn.Parameter(torch.randn(shape, generator=g) * std)
+        orthogonal = lambda rows, cols: nn.init.orthogonal_(torch.empty(rows, cols), generator=g)
+        self.tok_emb = normal(c.tied_embed_init_std, c.vocab_size, D)
+        self.lm_head = None if c.tie_embeddings else normal(c.tied_embed_init_std, c.vocab_size, D)
+        self.qo_bank = nn.Parameter(torch.stack([*(orthogonal(D, D) for _ in range(L)), *(torch.zeros(D, D) for _ in range(L))]))
+        self.kv_bank = nn.Parameter(torch.stack([orthogonal(kv, D) for _ in range(2 * L)]))
+        self.mlp_up_bank = nn.Parameter(torch.stack([orthogonal(M, D) for _ in range(L)]))
+        self.mlp_down_bank = zeros(L, D, M)
+        self.q_gain = nn.Parameter(torch.full((L, H), c.qk_gain_init))
+        self.attn_scale, self.mlp_scale = ones(L, D), ones(L, D)
+        self.resid_mix = nn.Parameter(torch.tensor([1.0, 0.0])[None, :, None].repeat(L, 1, D))
+        kind = c.gate_kind
+        self.attn_gate_w = None if not kind else normal(0.01, L, H, D) if kind == "full" else zeros(L, H, c.gate_window)
+        self.skip_weights = ones(passes, D) if passes else None
+        self.skip_gates = zeros(passes, D) if passes and c.skip_gates_enabled else None
+        self.smear_gate = zeros(1, c.gate_window) if c.smear_gate_enabled else None
+        self.smear_lambda = zeros(1) if c.smear_gate_enabled else None
+        lanes = c.parallel_start_layer > 0
+        self.parallel_resid_lambdas = nn.Parameter(torch.full((L, 2), 1.1)) if lanes else None
+        self.parallel_post_lambdas = ones(L, 2, 2) if lanes else None
+        depth = [1 / math.sqrt(i + 1) if c.ln_scale else 1.0 for i in range(L)]
+        self.register_buffer("depth_scale", torch.tensor(depth), persistent=False)
+        self.shapes = [PassShape("lanes" if 0 < c.parallel_start_layer <= i else
+                                 "parallel" if 0 <= c.parallel_residual_start <= i else "sequential",
+                                 i >= L - c.xsa_last_n, H, c.num_kv_heads, kind, c.gate_window,
+                                 c.sparse_attn_gate_scale if kind == "sparse" else 1.0, attention_name)
+                       for i in range(L)]
+        self.to(device)
+        self.rope_tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self.compiled = compiled
+        compile_ = (lambda f: torch.compile(f, fullgraph=True)) if compiled else (lambda f: f)
+        self.block, self.embed, self.head_losses = compile_(block), compile_(embed), compile_(head_losses)
+
+    def rope(self, length: int, context: int) -> tuple[Tensor, Tensor]:
+        key = (length, context if self.config.rope_yarn else 0)
+        if key not in self.rope_tables:
+            self.rope_tables[key] = rotary_table(length, self.config, context, self.tok_emb.device)
+        return self.rope_tables[key]
+
+    def layers(self) -> list[Layer]:
+        """Per-layer views. Casting a whole bank and unbinding it once keeps its gradient one tensor."""
+        L = self.config.num_layers
+        split = lambda p: (None,) * L if p is None else p.unbind(0)
+        cast = lambda bank: bank.to(self.dtype).unbind(0)
+        qo, kv = cast(self.qo_bank), cast(self.kv_bank)
+        rows = zip(qo[:L], kv[:L], kv[L:], qo[L:], cast(self.mlp_up_bank), cast(self.mlp_down_bank),
+                   *map(split, (self.q_gain, self.attn_gate_w, self.attn_scale, self.mlp_scale, self.resid_mix,
+                                self.depth_scale, self.parallel_resid_lambdas, self.parallel_post_lambdas)))
+        return [Layer(*row) for row in rows]
+
+    def forward(self, ids_BT: Tensor, segments: Segments | None = None, loops: int | None = None,
+                adapters: Adapters | None = None, tap: Callable | None = None) -> Tensor:
+        """Tokens -> final stream [B, T, D], before the last norm.
+
+        segments: documents of one packed row (B = 1); None: every row is one causal document. loops: extra passes
+        (None: NUM_LOOPS). tap(name, input): called with the input of every matrix, by its name in files.
+        """
+        c = self.config
+        run = block if tap else self.block
+        x0 = x = self.embed(ids_BT, self.tok_emb, self.smear_gate, self.smear_lambda, self.dtype)
+        layers, lane, skips = self.layers(), None, []
+        rope = self.rope(ids_BT.shape[1], segments.longest if segments else ids_BT.shape[1])
+        order, encoder = c.pass_order(c.num_loops if loops is None else loops)
+        weights = self.skip_weights.unbind(0) if skips is not None and self.skip_weights is not None else ()
+        gates = self.skip_gates.unbind(0) if self.skip_gates is not None else (None,) * len(weights)
+        for slot, i in enumerate(order):
+            k = slot - encoder
+            skip = Skip(skips.pop(), weights[k], gates[k]) if k >= 0 and skips else None
+            if lane is None and self.shapes[i].kind == "lanes":
+                lane = x
+            x, lane = run(x, lane, x0, skip, layers[i], segments, rope, self.shapes[i],
+                          adapters.passes[slot] if adapters else NO_ADAPTERS,
+                          (lambda role, value, i=i: tap(f"blocks.{i}.{role}", value)) if tap else None)
+            if k < 0:
+                skips.append(x)
+        if lane is not None:
+            x = {"mean": (x + lane) / 2, "attn": x, "mlp": lane}[c.parallel_final_lane]
+        return x
+
+    def losses(self, ids_BT: Tensor, targets_BT: Tensor, segments=None, loops=None, adapters=None, tap=None) -> Tensor:
+        """Cross-entropy in nats of every target, float32 [B, T]. Arguments as forward's."""
+        x = self(ids_BT, segments, loops, adapters, tap)
+        weight = (self.tok_emb if self.lm_head is None else self.lm_head).to(self.dtype)
+        run = head_losses if tap else self.head_losses
+        return run(x, weight, targets_BT, self.config.logit_softcap, adapters.head if adapters else None, tap)
+
+
+def export_weights(parameters: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Stacked parameters -> tensors under their names in files, one per layer."""
+    out = {}
+    for name, p in parameters.items():
+        if name in PER_LAYER_NAMES:
+            for g, pattern in enumerate(PER_LAYER_NAMES[name]):
+                out.update({pattern.format(i): p[g * layers + i] for i in range(layers)})
+        else:
+            out[FILE_NAMES.get(name, name)] = p
+    return out
+
+
+@torch.no_grad()
+def import_weights(model: GPT, tensors: dict[str, Tensor], source: str = "the file"):
+    """Copy tensors under their file names into the model; raises UserError naming what is missing, extra or misshapen."""
+    views = export_weights(dict(model.named_parameters()), model.config.num_layers)
+    for what, names in (("lacks", set(views) - set(tensors)), ("has unknown", set(tensors) - set(views))):
+        if names:
+            raise UserError(f"{source} {what} {sorted(names)[0]}: expected the tensors of this configuration")
+    for name, view in views.items():
+        if view.shape != tensors[name].shape:
+            raise UserError(f"{source}: {name} has shape {list(tensors[name].shape)}: expected {list(view.shape)}")
+        view.copy_(tensors[name])
+
+
+class Role(NamedTuple):
+    """What happens to the tensors whose file name matches: optimizer, bits and clip knobs (quantised if large), group."""
+    pattern: str
+    optimizer: str          # "muon", "embed", "head" or "scalar"
+    bits: str = ""          # Config field; "": float16 (or int8 rows: see QUANTIZE)
+    clip: str = ""
+
+
+ROLES = (
+    Role("tok_emb.weight", "embed", "embed_bits", "embed_clip_sigmas"),
+    Role("lm_head.weight", "head", "embed_bits", "embed_clip_sigmas"),
+    Role("blocks.*.attn.c_q.weight", "muon", "matrix_bits", "attn_clip_sigmas"),
+    Role("blocks.*.attn.c_k.weight", "muon", "matrix_bits", "attn_clip_sigmas"),
+    Role("blocks.*.attn.c_v.weight", "muon", "matrix_bits", "attn_clip_sigmas"),
+    Role("blocks.*.attn.proj.weight", "muon", "matrix_bits", "attn_clip_sigmas"),
+    Role("blocks.*.mlp.fc.weight", "muon", "matrix_bits", "mlp_clip_sigmas"),
+    Role("blocks.*.mlp.proj.weight", "muon", "matrix_bits", "mlp_clip_sigmas"),
+    Role("*", "scalar"),
+)
+
+
+def role_of(name: str) -> Role:
+    return next(role for role in ROLES if fnmatch(name, role.pattern))
+
+
+# ======================================================================================================================
+# OPTIMIZERS: Muon for the banks (sharded over ranks by slice), AdamW for the rest
+# ======================================================================================================================
+
+POLAR_EXPRESS = (       # arXiv 2505.16932: the best odd quintic for each iteration
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+PLAIN_MUON = ((3.4445, -4.775, 2.0315),)
+
+
+def newton_schulz(g_NRC: Tensor, steps: int, coefficients=POLAR_EXPRESS, dtype=torch.bfloat16) -> Tensor:
+    """Approximate U V^T of every matrix's singular value decomposition (Muon: Jordan et al. 2024), in dtype."""
+    tall = g_NRC.shape[1] > g_NRC.shape[2]
+    x = (g_NRC.mT if tall else g_NRC).to(dtype)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for i in range(steps):
+        a, b, c = coefficients[min(i, len(coefficients) - 1)]
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon:
+    """Momentum, row normalisation and Newton-Schulz on the slices of the banks that this rank owns.
+
+    Gradients are reduce-scattered (bfloat16 on CUDA), updates all-gathered; a bank of n slices is padded to a multiple
+    of the ranks, so any world size works and a rank without slices still takes part.
+    """
+
+    def __init__(self, banks: list[nn.Parameter], config: Config, world: World):
+        self.banks, self.c, self.world = banks, config, world
+        self.wire = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+        self.share = [-(-len(p) // world.size) for p in banks]
+        self.momentum = [torch.zeros(n, *p.shape[1:], device=p.device) for n, p in zip(self.share, banks)]
+
+    def start_reduce(self):
+        """Begin averaging the banks' gradients; each rank will hold its slices of the mean."""
+        self.grads, self.handles = [], []
+        for p, n in zip(self.banks, self.share):
+            if self.world.size == 1:
+                self.grads.append(p.grad)
+                continue
+            padded = F.pad(p.grad.to(self.wire), (0, 0, 0, 0, 0, n * self.world.size - len(p)))
+            mine = torch.empty_like(padded[:n])
+            self.handles.append(self.world.reduce_scatter(mine, padded))
+            self.grads.append(mine)
+
+    def finish_reduce(self) -> list[Tensor]:
+        for handle in self.handles:
+            handle.wait()
+        if self.world.size > 1:
+            self.grads = [g.float().div_(self.world.size) for g in self.grads]
+        return self.grads
+
+    @torch.no_grad()
+    def step(self, lr: float, momentum: float):
+        c, gathering = self.c, []
+        coefficients = POLAR_EXPRESS if c.polar_express else PLAIN_MUON
+        torch._foreach_mul_(self.momentum, momentum)
+        torch._foreach_add_(self.momentum, self.grads)
+        for p, n, update in zip(self.banks, self.share, torch._foreach_add(self.grads, self.momentum, alpha=momentum)):
+            if c.muon_row_normalize:
+                update = update / (update.norm(dim=2, keepdim=True) + 1e-7)
+            update = newton_schulz(update, c.muon_backend_steps, coefficients, self.wire)
+            if self.world.size == 1:
+                gathering.append((p, update, None))
+            else:
+                whole = update.new_empty(n * self.world.size, *update.shape[1:])
+                gathering.append((p, whole, self.world.all_gather(whole, update.contiguous())))
+        for p, update, handle in gathering:
+            if handle:
+                handle.wait()
+            p.mul_(1 - lr * c.muon_wd).add_(update[: len(p)], alpha=-lr * max(1, p.shape[1] / p.shape[2]) ** 0.5)
+
+
+class Optimizers:
+    """Muon and AdamW over all parameters exactly once, with clipping of the averaged gradient."""
+
+    def __init__(self, model: GPT, config: Config, world: World):
+        c = self.c = config
+        self.world = world
+        by_kind: dict[str, list] = {"muon": [], "embed": [], "head": [], "scalar": []}
+        for name, p in model.named_parameters():
+            by_kind[role_of(PER_LAYER_NAMES.get(name, (FILE_NAMES.get(name, name),))[0]).optimizer].append(p)
+        self.muon = Muon(by_kind["muon"], c, world)
+        rates = {"embed": (c.tied_embed_lr if c.tie_embeddings else c.embed_lr, c.embed_wd), "head": (c.head_lr, c.embed_wd),
+                 "scalar": (c.scalar_lr, c.adam_wd)}
+        groups = [{"params": by_kind[kind], "lr": lr, "base_lr": lr, "weight_decay": wd}
+                  for kind, (lr, wd) in rates.items() if by_kind[kind]]
+        self.adam = torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
+        self.large, self.small = by_kind["embed"] + by_kind["head"], by_kind["scalar"]
+        covered = sorted(id(p) for params in by_kind.values() for p in params)
+        if covered != sorted(id(p) for p in model.parameters()):
+            raise RuntimeError("the optimizers must cover every parameter exactly once")
+
+    def reset(self):
+        """Forget everything but the parameters."""
+        self.adam.state.clear()
+        for m in self.muon.momentum:
+            m.zero_()
+
+    def start_reduce(self):
+        """Begin averaging gradients over ranks (parameters without a gradient count as zero)."""
+        for p in self.small + self.large:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        self.muon.start_reduce()
+
+    @torch.no_grad()
+    def step(self, lr_mul: float, step: int) -> Tensor:
+        """Average, clip, update; returns the norm of the averaged gradient (a tensor: nothing waits for it)."""
+        c, adam_grads = self.c, [p.grad for p in self.large + self.small]
+        if self.world.size > 1:
+            packed = torch.cat([p.grad.flatten() for p in self.small])
+            for t in (*(p.grad for p in self.large), packed):
+                self.world.mean(t)
+            for p, part in zip(self.small, packed.split([p.numel() for p in self.small])):
+                p.grad.copy_(part.view_as(p))
+        bank_grads = self.muon.finish_reduce()
+        square = lambda grads: torch.stack(torch._foreach_norm(grads)).square().sum()
+        total = (self.world.sum(square(bank_grads)) + square(adam_grads)).sqrt()
+        if c.grad_clip_norm > 0:
+            torch._foreach_mul_([*bank_grads, *adam_grads], (c.grad_clip_norm / (total + 1e-6)).clamp(max=1.0))
+        warm = min(step / c.muon_momentum_warmup_steps, 1.0) if c.muon_momentum_warmup_steps else 1.0
+        self.muon.step(c.matrix_lr * lr_mul, (1 - warm) * c.muon_momentum_warmup_start + warm * c.muon_momentum)
+        for group in self.adam.param_groups:
+            group["lr"] = group["base_lr"] * lr_mul
+        self.adam.step()
+        for p in (*self.muon.banks, *self.large, *self.small):
+            p.grad = None
+        return total
+
+    def save(self) -> dict[str, Tensor]:
+        """State as tensors, whole on every rank, so that another number of ranks can go on from it."""
+        out = {}
+        for i, (p, m) in enumerate(zip(self.muon.banks, self.muon.momentum)):
+            if self.world.size > 1:
+                whole = m.new_empty(len(m) * self.world.size, *m.shape[1:])
+                self.world.all_gather(whole, m).wait()
+                m = whole
+            out[f"muon.{i}"] = m[: len(p)]
+        for i, state in self.adam.state_dict()["state"].items():
+            out.update({f"adam.{i}.{key}": value for key, value in state.items()})
+        return out
+
+    def load(self, tensors: dict[str, Tensor]):
+        for i, (p, m) in enumerate(zip(self.muon.banks, self.muon.momentum)):
+            whole = F.pad(tensors[f"muon.{i}"], (0, 0, 0, 0, 0, len(m) * self.world.size - len(p)))
+            m.copy_(whole[self.world.rank * len(m):][: len(m)])
+        state: dict[int, dict] = {}
+        for name, t in tensors.items():
+            if name.startswith("adam."):
+                _, i, key = name.split(".")
+                state.setdefault(int(i), {})[key] = t
+        self.adam.load_state_dict({"state": state, "param_groups": self.adam.state_dict()["param_groups"]})
+
+
+# ======================================================================================================================
+# TRAIN: the budget's clock, the loop, averaged weights, checkpoints
+# ======================================================================================================================
+
+AGREE_EVERY = 16            # steps between agreements of the ranks on the time
+
+
+class Clock:
+    """Rank 0's training seconds, known to every rank: agreed on every few steps, extrapolated alike in between."""
+
+    def __init__(self, world: World, limit: float, elapsed: float = 0.0):
+        self.world, self.limit, self.before = world, limit, elapsed
+        self.base, self.base_step, self.per_step, self.next_agreement = elapsed, None, 0.0, 0
+        self.started = time.perf_counter()
+
+    def read(self) -> float:
+        return self.before + time.perf_counter() - self.started
+
+    @contextlib.contextmanager
+    def paused(self):
+        """A with-block that does not count (validation)."""
+        self.world.sync()
+        self.before = self.read()
+        yield
+        self.world.sync()
+        self.started = time.perf_counter()
+
+    def tick(self, step: int, signal_number: int) -> tuple[float, int]:
+        """Seconds at the start of this step and the signal that any rank received; the same on every rank."""
+        received = signal_number if self.world.size == 1 else 0
+        if self.world.size == 1 or step >= self.next_agreement:
+            now = self.read()
+            pace = (now - self.base) / (step - self.base_step) if self.base_step not in (None, step) else self.per_step
+            agreed = torch.tensor([now, pace] if self.world.rank == 0 else [0.0, 0.0], dtype=torch.float64)
+            agreed = self.world.sum(torch.cat((agreed, torch.tensor([signal_number], dtype=torch.float64))), dist.ReduceOp.MAX)
+            self.base, self.per_step, received = agreed[0].item(), agreed[1].item(), int(agreed[2].item())
+            self.base_step = step
+            left = (self.limit - self.base) / self.per_step if self.limit and self.per_step else AGREE_EVERY
+            self.next_agreement = step + int(min(max(left / 2, 1), AGREE_EVERY))
+        return self.base + (step - self.base_step) * self.per_step, received
+
+    def out_of_time(self, elapsed: float) -> bool:
+        """True when this step and the one still on the device would end past the limit."""
+        return self.limit > 0 and elapsed + 2 * self.per_step > self.limit
+
+
+class Pending(NamedTuple):
+    """A step whose results are still on their way from the device."""
+    step: int
+    loss: Tensor
+    grad_norm: Tensor
+    lr_mul: float
+    ready: torch.cuda.Event | None
+
+
+class Trainer:
+    """Owns the weights, their average, the optimizers and the place in the data."""
+
+    def __init__(self, run: Run, model: GPT, shards: list[np.ndarray]):
+        self.run, self.model, self.shards = run, model, shards
+        c, world = run.config, run.world
+        self.accumulate, self.micro_tokens = micro_batch(c, world.size)
+        for p in model.parameters():
+            world.broadcast(p.data)
+        self.optimizers = Optimizers(model, c, world)
+        self.ema = [p.detach().clone() for p in model.parameters()]
+        self.step, self.pending, self.last_loss = 0, None, float("nan")
+
+    def stream(self) -> TokenStream:
+        world = self.run.world
+        return TokenStream(self.shards, world.rank, world.size, self.micro_tokens, self.run.config.train_seq_len)
+
+    def take_step(self, batches: Prefetcher, loops: int, lr_mul: float):
+        """Forward, backward and update; the results of the step before are checked while this one runs."""
+        loss = 0.0
+        for _ in range(self.accumulate):
+            batch = batches.next()
+            part = self.model.losses(batch.ids, batch.targets, batch.segments, loops).mean() / self.accumulate
+            part.backward()
+            loss = loss + part.detach()
+        self.optimizers.start_reduce()
+        self.settle()
+        grad_norm = self.optimizers.step(lr_mul, self.step)
+        self.step += 1
+        ready = None
+        if loss.is_cuda:
+            loss, grad_norm = (t.to("cpu", non_blocking=True) for t in (loss, grad_norm))
+            ready = torch.cuda.Event()
+            ready.record()
+        self.pending = Pending(self.step, loss, grad_norm, lr_mul, ready)
+
+    def settle(self):
+        """Check and log the last step, then let its weights into the average: a bad step can not reach it."""
+        if self.pending is None:
+            return
+        step, loss, grad_norm, lr_mul, ready = self.pending
+        self.pending = None
+        if ready is not None:
+            ready.synchronize()
+        if not math.isfinite(grad_norm.item()):
+            self.abandon(step, loss)
+        self.last_loss = loss.item()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.ema, list(self.model.parameters()), 1 - self.run.config.ema_decay)
+        every = self.run.config.train_log_every
+        if every and (step <= 5 or step % every == 0) and self.clock:
+            c, seconds = self.run.config, self.clock.read()
+            mean_loss = self.run.world.mean(loss.double().reshape(1)).item()
+            self.run.log(f"{step}/{c.iterations} train_loss: {mean_loss:.4f} train_time: {seconds / 60:.1f}m "
+                         f"tok/s: {step * c.train_batch_tokens / seconds:.0f} lr_mul: {lr_mul:.4f} "
+                         f"grad_norm: {grad_norm.item():.4f} seconds: {seconds:.3f}")
+
+    def abandon(self, step: int, loss: Tensor):
+        """A gradient is not finite: save the average, which never saw it, and stop every rank."""
+        bad = torch.tensor([0.0 if math.isfinite(loss.item()) else 1.0] * self.run.world.size, dtype=torch.float64)
+        bad[torch.arange(self.run.world.size) != self.run.world.rank] = 0
+        ranks = self.run.world.sum(bad).nonzero().flatten().tolist()
+        path = self.run.folder / "last_good_ema.safetensors"
+        if self.run.world.rank == 0:
+            save_tensors(path, self.average(), {"model": model_knobs(self.run.config), "step": step - 1})
+        raise UserError(f"non-finite gradient at step {step} (non-finite loss on ranks {ranks}), last finite loss {self.last_loss:.4f}; "
+                        f"the averaged weights before it are in {path}", code=1)
+
+    clock: Clock | None = None
+
+    def average(self) -> dict[str, Tensor]:
+        """EMA weights under their names in files."""
+        names = [name for name, _ in self.model.named_parameters()]
+        return export_weights(dict(zip(names, self.ema)), self.run.config.num_layers)
+
+    def warm_up(self, dry_run: Callable[[], None]) -> float:
+        """Real steps in every looping state, then everything as before; returns the seconds of a second dry_run.
+
+        dry_run: a rehearsal of what the training budget must keep time for (Hessians and GPTQ on one batch).
+        """
+        c = self.run.config
+        weights = [p.detach().clone() for p in self.model.parameters()]
+        batches = Prefetcher(self.stream(), self.run.world.device)
+        try:
+            for loops in sorted({c.loops_at(f) for f in (0.0, c.enable_looping_at, 1.0)}) * bool(c.warmup_steps):
+                for _ in range(c.warmup_steps):
+                    self.take_step(batches, loops, 1.0)
+                self.settle()
+            dry_run()
+            self.run.world.sync()
+            start = time.perf_counter()
+            dry_run()
+            self.run.world.sync()
+            seconds = time.perf_counter() - start
+        finally:
+            batches.close()
+        with torch.no_grad():
+            for p, average, w in zip(self.model.parameters(), self.ema, weights):
+                p.copy_(w)
+                average.copy_(w)
+        self.optimizers.reset()
+        self.step, self.pending, self.last_loss = 0, None, float("nan")
+        return seconds
+
+    def loop(self, reserve: float, validate: Callable[[str], None]):
+        """Train until the budget less `reserve` seconds, ITERATIONS, or a signal (checkpoint, exit code 130)."""
+        run, c = self.run, self.run.config
+        stream, elapsed = self.stream(), 0.0
+        if c.resume:
+            stream.cursor, elapsed = self.load()
+        limit = max(c.max_wallclock_seconds - reserve, 0.001) if c.max_wallclock_seconds else 0.0
+        signals, batches = Signals(), Prefetcher(stream, run.world.device)
+        self.clock = Clock(run.world, limit, elapsed)
+        loops, epoch = -1, stream.epoch
+        try:
+            while True:
+                elapsed, signal_number = self.clock.tick(self.step, signals.received)
+                over = self.clock.out_of_time(elapsed)
+                if signal_number or over or self.step >= c.iterations:
+                    break
+                frac = elapsed / limit if limit else self.step / c.iterations
+                if c.loops_at(frac) != loops:
+                    loops = self.announce_loops(c.loops_at(frac), frac, first=loops < 0)
+                self.take_step(batches, loops, c.lr_mul(frac))
+                if batches.cursor // int(stream.ends[-1]) + 1 != epoch:
+                    epoch = batches.cursor // int(stream.ends[-1]) + 1
+                    run.log(f"data epoch:{epoch} step:{self.step}")
+                if c.val_loss_every and self.step % c.val_loss_every == 0:
+                    with self.clock.paused():
+                        validate(f"{self.step}/{c.iterations}")
+                if c.checkpoint_every and self.step % c.checkpoint_every == 0:
+                    self.save(batches.cursor)
+            self.settle()
+            run.world.sync()
+            elapsed = self.clock.read()
+        finally:
+            batches.close()
+        if over:
+            run.log(f"stopping_early: wallclock_cap train_time: {1000 * elapsed:.0f}ms step: {self.step}/{c.iterations}")
+        run.ledger.charge("train", elapsed, "train")
+        if signal_number:
+            path = self.save(batches.cursor)
+            raise UserError(f"stopped by signal {signal_number} after step {self.step}; RESUME=1 continues from {path}", code=130)
+
+    def announce_loops(self, loops: int, frac: float, first: bool) -> int:
+        order, encoder = self.run.config.pass_order(loops)
+        if loops or not first:
+            self.run.log(f"layer_loop:enabled step:{self.step} frac:{frac:.3f} encoder:{order[:encoder]} decoder:{order[encoder:]}")
+        return loops
+
+    def save(self, cursor: int) -> Path:
+        """Write the resumable checkpoint; every rank must call it."""
+        self.settle()
+        names = [name for name, _ in self.model.named_parameters()]
+        tensors = {**{f"weights.{n}": p for n, p in zip(names, self.model.parameters())},
+                   **{f"ema.{n}": e for n, e in zip(names, self.ema)}, **self.optimizers.save()}
+        path = self.run.folder / "checkpoint.safetensors"
+        if self.run.world.rank == 0:
+            save_tensors(path, tensors, {"model": model_knobs(self.run.config), "step": self.step, "cursor": cursor,
+                                         "elapsed": self.clock.read(), "seed": self.run.config.seed})
+        return path
+
+    @torch.no_grad()
+    def load(self) -> tuple[int, float]:
+        """Continue where the checkpoint stopped; returns its cursor and its training seconds."""
+        path = self.run.folder / "checkpoint.safetensors"
+        tensors, state = load_tensors(path, self.run.config)
+        if state.get("seed") != self.run.config.seed:
+            raise UserError(f"{path} was made with SEED={state.get('seed')}, this run has {self.run.config.seed}")
+        for (name, p), average in zip(self.model.named_parameters(), self.ema):
+            p.copy_(tensors[f"weights.{name}"])
+            average.copy_(tensors[f"ema.{name}"])
+        self.optimizers.load(tensors)
+        self.step = state["step"]
+        self.run.log(f"resumed step:{self.step} elapsed:{state['elapsed']:.2f}s from {path}")
+        return state["cursor"], state["elapsed"]
+
+
+def micro_batch(config: Config, size: int) -> tuple[int, int]:
+    """Micro-steps a step and tokens of each rank's micro-batch; raises UserError when the batch does not divide."""
+    total = config.train_batch_tokens
+    counts = [config.grad_accum_steps] if config.grad_accum_steps else range(-(-8 // size), 65)
+    for count in counts:
+        if total % (count * size) == 0:
+            return count, total // (count * size)
+    raise UserError(f"TRAIN_BATCH_TOKENS={total} does not divide by {size} ranks x GRAD_ACCUM_STEPS "
+                    f"{config.grad_accum_steps or '(8 / ranks and up)'}: choose a multiple")
+
+
+# ======================================================================================================================
+# CALIBRATE: what flows into every matrix
+# ======================================================================================================================
+
+HESSIAN_OF = {"attn.c_q": "attn", "attn.c_k": "attn", "attn.c_v": "attn"}     # matrices that share an input
+
+
+def hessian_key(name: str) -> str:
+    """File name of a matrix -> name of the input it reads (the `tap` of the forward)."""
+    if not name.startswith("blocks."):
+        return "head"
+    _, i, part = name.removesuffix(".weight").split(".", 2)
+    return f"blocks.{i}.{HESSIAN_OF.get(part, part)}"
+
+
+@torch.no_grad()
+def collect_hessians(run: Run, model: GPT, shards: list[np.ndarray], batches: int) -> dict[str, Tensor]:
+    """H = sum x x^T / batches of every matrix's input over training batches, averaged over ranks. float32 [in, in].
+
+    Forward only, all loops on, in document segments; a layer that runs several times adds up over its passes (GPTQ:
+    arXiv 2210.17323).
+    """
+    c, world = run.config, run.world
+    stream = TokenStream(shards, world.rank, world.size, micro_batch(c, world.size)[1], c.train_seq_len)
+    hessians: dict[str, Tensor] = {}
+
+    def tap(name: str, x: Tensor):
+        x = x.flatten(0, -2).float()
+        if name not in hessians:
+            hessians[name] = x.new_zeros(x.shape[1], x.shape[1])
+        hessians[name].addmm_(x.T, x)
+
+    progress = Progress(run.log, "hessians", batches)
+    with matmul_precision("high"):                  # bfloat16 inputs are exact in TF32, sums are float32
+        for i in range(batches):
+            batch = to_device(to_batch(stream.next()[0], c.train_seq_len), world.device)
+            model.losses(batch.ids, batch.targets, batch.segments, tap=tap)
+            progress(i + 1)
+    flat = world.mean(torch.cat([h.flatten() for h in hessians.values()])) / batches
+    parts = flat.split([h.numel() for h in hessians.values()])
+    return {name: part.view_as(h) for (name, h), part in zip(hessians.items(), parts)}
+
+
+@contextlib.contextmanager
+def matmul_precision(name: str):
+    """Float32 matmul precision inside a with-block: "high" allows TF32, "highest" does not."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# ======================================================================================================================
+# QUANTIZE: which tensor gets which code, and GPTQ
+# ======================================================================================================================
+
+SMALLEST_QUANTISED = 65_536         # matrices of more elements go through GPTQ
+SMALLEST_STEP = 2.0 ** -14          # smallest normal float16
+
+
+class IntTensor(NamedTuple):
+    """Integers times a step per row: q int8 [rows, columns], step float16 [rows], |q| <= 2^(bits-1) - 1."""
+    q: Tensor
+    step: Tensor
+    bits: int
+
+    def decode(self) -> Tensor:
+        return self.q.float() * self.step.float()[:, None]
+
+
+class HalfTensor(NamedTuple):
+    """A tensor kept as float16."""
+    values: Tensor
+
+    def decode(self) -> Tensor:
+        return self.values.float()
+
+
+def largest(bits: int) -> int:
+    return 2 ** (bits - 1) - 1
+
+
+def is_quantised(name: str, t: Tensor) -> bool:
+    return bool(role_of(name).bits) and t.ndim == 2 and t.numel() > SMALLEST_QUANTISED
+
+
+def layer_group(name: str, config: Config) -> str:
+    """early (layers 0-2), loop, late (8 and up), mid (the rest), or "" outside the blocks (PR 1412's groups)."""
+    if not name.startswith("blocks."):
+        return ""
+    i = int(name.split(".")[1])
+    looped = config.num_loops and config.loop_start <= i <= config.loop_end
+    return "early" if i <= 2 else "loop" if looped else "late" if i >= 8 else "mid"
+
+
+def clip_sigma(name: str, config: Config) -> float:
+    """Clip of a matrix in standard deviations of its rows (SDClip: PR 1394)."""
+    group = layer_group(name, config)
+    return getattr(config, role_of(name).clip) * (getattr(config, f"clip_mult_{group}") if group else 1.0)
+
+
+def row_steps(w_NRC: Tensor, sigma_N: Tensor, bits: int) -> Tensor:
+    """Step of every row: sigma * std(row) / q_max, rounded to float16 [N, R]."""
+    steps = sigma_N[:, None] * w_NRC.std(dim=2) / largest(bits)
+    return steps.clamp_min(SMALLEST_STEP).half()
+
+
+def inverse_factor(h_NCC: Tensor, warn: Callable[[str], None]) -> Tensor:
+    """Upper U with H^-1 = U^T U of damped Hessians [N, C, C]: flip, Cholesky, flip, triangular inverse.
+
+    A factorisation that fails is tried again with ten times the damping, three times, then replaced by the identity:
+    GPTQ with U = I is round-to-nearest.
+    """
+    eye = torch.eye(h_NCC.shape[1], device=h_NCC.device, dtype=torch.float64)
+    h = h_NCC.double()
+    damping = 0.01 * h.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * eye
+    out = eye.expand_as(h).clone()
+    todo = torch.arange(len(h), device=h.device)
+    for attempt in range(4):
+        flipped = (h[todo] + damping[todo] * 10 ** attempt).flip(1, 2)
+        lower, info = torch.linalg.cholesky_ex(flipped)
+        ok = (info == 0) & lower.isfinite().all(2).all(1)
+        out[todo[ok]] = torch.linalg.solve_triangular(lower[ok].flip(1, 2), eye.expand_as(lower[ok]), upper=True)
+        todo = todo[~ok]
+        if not len(todo):
+            return out.float()
+        warn(f"gptq cholesky failed for {len(todo)} matrices with damping x{10 ** attempt}: "
+             + ("trying ten times more" if attempt < 3 else "warning: they are rounded to nearest"))
+    return out.float()
+
+
+@torch.no_grad()
+def gptq(w_NRC: Tensor, h_NCC: Tensor, step_NR: Tensor, bits: int, warn: Callable[[str], None] = print, block_size: int = 128) -> Tensor:
+    """GPTQ (arXiv 2210.17323) of N matrices at once: integers int8 [N, R, C] that minimise the error seen through H.
+
+    Columns in order of falling diag H; each column's rounding error is spread over those that follow. Inputs that are
+    never active (H_jj = 0) get weight 0. step: float16 or float32 [N, R].
+    """
+    w, h, q_max = w_NRC.float().clone(), h_NCC.float().clone(), largest(bits)
+    n, _, columns = w.shape
+    diagonal = h.diagonal(dim1=1, dim2=2)
+    dead = ~(diagonal > 0)
+    w.masked_fill_(dead[:, None, :], 0.0)
+    h.masked_fill_(dead[:, None, :] | dead[:, :, None], 0.0)
+    h.diagonal(dim1=1, dim2=2).masked_fill_(dead, 1.0)
+    order = h.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    each = torch.arange(n, device=w.device)[:, None]
+    w = w.gather(2, order[:, None].expand_as(w)).contiguous()
+    u = inverse_factor(h[each[:, :, None], order[:, :, None], order[:, None, :]], warn)
+    step = step_NR.float()
+    q = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    with matmul_precision("highest"):
+        for a in range(0, columns, block_size):
+            b = min(a + block_size, columns)
+            part, errors = w[:, :, a:b].clone(), torch.empty_like(w[:, :, a:b])
+            for j in range(b - a):
+                column = part[:, :, j]
+                rounded = (column / step).round_().clamp_(-q_max, q_max)
+                q[:, :, a + j] = rounded
+                errors[:, :, j] = (column - rounded * step) / u[:, a + j, a + j, None]
+                part[:, :, j + 1:] -= errors[:, :, j, None] * u[:, None, a + j, a + j + 1: b]
+            w[:, :, b:] -= torch.bmm(errors, u[:, a:b, b:])
+    return torch.empty_like(q).scatter_(2, order[:, None].expand_as(q), q)
+
+
+def weighted_square(e_RC: Tensor, h_CC: Tensor) -> float:
+    """trace(E H E^T): the squared error of the layer's output over the calibration inputs."""
+    return ((e_RC @ h_CC) * e_RC).sum(dtype=torch.float64).item()
+
+
+@torch.no_grad()
+def quantize(run: Run, weights: dict[str, Tensor], hessians: dict[str, Tensor]) -> dict[str, IntTensor | HalfTensor]:
+    """Weights under their file names -> their codes. Matrices of one shape go through GPTQ in one batch, shared out
+    over ranks; every rank returns everything."""
+    c, world = run.config, run.world
+    coded: dict[str, IntTensor | HalfTensor] = {}
+    batches: dict[tuple, list[str]] = {}
+    for name, t in weights.items():
+        if is_quantised(name, t):
+            batches.setdefault((t.shape, getattr(c, role_of(name).bits)), []).append(name)
+        elif name.endswith("attn_gate_w") and c.gated_attn_quant_gate:
+            step = (t.float().abs().amax(1) / 127).clamp_min(SMALLEST_STEP).half()
+            coded[name] = IntTensor((t.float() / step.float()[:, None]).round().clamp(-127, 127).to(torch.int8).cpu(), step.cpu(), 8)
+        else:
+            coded[name] = HalfTensor(t.half().cpu())
+    eye = lambda n: torch.eye(n, device=world.device)
+    sums = torch.zeros(2, dtype=torch.float64)
+    for (shape, bits), names in batches.items():
+        w = torch.stack([weights[name].float() for name in names]).to(world.device)
+        steps = row_steps(w, torch.tensor([clip_sigma(name, c) for name in names], device=w.device), bits)
+        q = torch.zeros(w.shape, dtype=torch.int8, device=w.device)
+        mine = list(range(world.rank, len(names), world.size))
+        if mine:
+            # an untied embedding is a table of rows, not a product: it has no Hessian and is rounded
+            h = [hessians[hessian_key(name)] if name != "tok_emb.weight" or c.tie_embeddings else eye(shape[1]) for name in names]
+            h = torch.stack([h[i] for i in mine])
+            q[mine] = gptq(w[mine], h, steps[mine], bits, run.log)
+            for i, hi in zip(mine, h):
+                error = w[i] - q[i].float() * steps[i].float()[:, None]
+                sums += torch.tensor([weighted_square(error, hi), weighted_square(w[i], hi)], dtype=torch.float64)
+        world.sum(q)
+        coded.update({name: IntTensor(q[i].cpu(), steps[i].cpu(), bits) for i, name in enumerate(names)})
+    world.sum(sums)
+    run.log(f"GPTQ clip_sigmas (rule:hand, {sum(map(len, batches.values()))} tensors):\n" + "\n".join(
+        f"    {name}: {clip_sigma(name, c):.2f}" for names in batches.values() for name in names), console=False)
+    run.log(f"gptq_summary quantizer:scalar entropy_bytes:{entropy_bytes(coded):.0f} weighted_error:{sums[0] / max(sums[1], 1e-30):.6g}")
+    return {name: coded[name] for name in weights}
+
+
+# ======================================================================================================================
+# CODER: integers and halves <-> bytes
+# ======================================================================================================================
+
+
+class Spec(NamedTuple):
+    """What a decoder must know of a tensor: name, shape, bits (0: float16)."""
+    name: str
+    shape: tuple[int, ...]
+    bits: int
+
+
+def coding_group(name: str) -> str:
+    """Tensors of one role are coded together: the name without its layer."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
+
+
+def entropy_bytes(coded: dict[str, IntTensor | HalfTensor]) -> float:
+    """Order-0 entropy of the integers in bytes: sum over roles of n H(q) / 8."""
+    counts: dict[str, np.ndarray] = {}
+    for name, t in coded.items():
+        if isinstance(t, IntTensor):
+            seen = np.bincount(t.q.numpy().reshape(-1).astype(np.int64) + 128, minlength=256)
+            counts[coding_group(name)] = counts.get(coding_group(name), 0) + seen
+    return sum(float(-(n[n > 0] * np.log2(n[n > 0] / n.sum())).sum()) for n in counts.values()) / 8
+
+
+def flatten_codes(coded: dict[str, IntTensor | HalfTensor]) -> bytes:
+    """Integers role by role (one byte each), then all float16 values with their high bytes before their low bytes."""
+    in_order = sorted(coded, key=lambda name: (coding_group(name), list(coded).index(name)))
+    ints = [coded[n].q.numpy().tobytes() for n in in_order if isinstance(coded[n], IntTensor)]
+    halves = [(coded[n].step if isinstance(coded[n], IntTensor) else coded[n].values).numpy().tobytes() for n in in_order]
+    planes = np.frombuffer(b"".join(halves), np.uint8).reshape(-1, 2)
+    return b"".join(ints) + planes[:, 1].tobytes() + planes[:, 0].tobytes()
+
+
+def flat_sizes(specs: list[Spec]) -> tuple[int, int]:
+    """Bytes of integers and number of float16 values that flatten_codes makes of these tensors."""
+    ints = sum(math.prod(s.shape) for s in specs if s.bits)
+    return ints, sum(s.shape[0] if s.bits else math.prod(s.shape) for s in specs)
+
+
+def unflatten_codes(data: bytes, specs: list[Spec]) -> dict[str, IntTensor | HalfTensor]:
+    """Inverse of flatten_codes; the caller has checked the length against flat_sizes."""
+    ints, halves = flat_sizes(specs)
+    q = np.frombuffer(data, np.int8, ints)
+    planes = np.frombuffer(data, np.uint8, 2 * halves, ints).reshape(2, halves)
+    values = torch.from_numpy(np.stack((planes[1], planes[0]), 1).reshape(-1).copy().view(np.float16))
+    out, at, at_half = {}, 0, 0
+    for spec in sorted(specs, key=lambda s: (coding_group(s.name), specs.index(s))):
+        count = math.prod(spec.shape)
+        n = spec.shape[0] if spec.bits else count
+        part = values[at_half: at_half + n]
+        at_half += n
+        if spec.bits:
+            out[spec.name] = IntTensor(torch.from_numpy(q[at: at + count].copy()).view(spec.shape), part, spec.bits)
+            at += count
+        else:
+            out[spec.name] = HalfTensor(part.view(spec.shape))
+    return {s.name: out[s.name] for s in specs}
+
+
+def compress_brotli(data: bytes) -> bytes:
+    import brotli
+    return brotli.compress(data, quality=11, lgwin=24)
+
+
+def decompress_brotli(data: bytes) -> bytes:
+    import brotli
+    return brotli.decompress(data)
+
+
+XZ = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 26}]}
+COMPRESSORS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]] = {
+    "brotli": (compress_brotli, decompress_brotli),
+    "lzma": (lambda data: lzma.compress(data, **XZ), lambda data: lzma.decompress(data, **XZ)),
+}
+
+
+def encode(coded: dict[str, IntTensor | HalfTensor], compressor: str) -> dict[str, bytes]:
+    """Codes -> named streams."""
+    return {"all": COMPRESSORS[compressor][0](flatten_codes(coded))}
+
+
+def decode(streams: dict[str, bytes], specs: list[Spec], compressor: str) -> dict[str, IntTensor | HalfTensor]:
+    """Inverse of encode; raises ValueError on anything that does not fit the specs."""
+    data = COMPRESSORS[compressor][1](streams["all"])
+    ints, halves = flat_sizes(specs)
+    if len(data) != ints + 2 * halves:
+        raise ValueError(f"stream `all` holds {len(data)} bytes: expected {ints + 2 * halves}")
+    return unflatten_codes(data, specs)
+
+
+# ======================================================================================================================
+# ARTIFACT: the container, and the script that ships with it
+# ======================================================================================================================
+
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLF", 1
+ARTIFACT_HEAD = struct.Struct("<4sHII")         # magic, version, bytes of the header, CRC-32 of the header
+LONGEST_HEADER = 1 << 20
+
+
+def write_artifact(coded: dict[str, IntTensor | HalfTensor], config: Config) -> bytes:
+    """Codes -> one file: head, header (deflated JSON: model knobs, tensors, streams with checksums), streams."""
+    streams = encode(coded, config.compressor)
+    specs = [Spec(n, tuple(t.q.shape), t.bits) if isinstance(t, IntTensor) else Spec(n, tuple(t.values.shape), 0) for n, t in coded.items()]
+    header = {"model": model_knobs(config), "compressor": config.compressor, "tensors": specs,
+              "streams": [(name, len(data), zlib.crc32(data)) for name, data in streams.items()]}
+    packed = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    return b"".join((ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(packed), zlib.crc32(packed)), packed, *streams.values()))
+
+
+def read_artifact_header(data: bytes, path: Path) -> tuple[dict, dict[str, bytes]]:
+    """Check magic, version, lengths and every checksum; returns header and streams. Raises UserError naming the field."""
+    def expect(ok: bool, what: str):
+        if not ok:
+            raise UserError(f"artifact {path} is damaged: {what}")
+    expect(len(data) >= ARTIFACT_HEAD.size, f"it has {len(data)} bytes, expected at least {ARTIFACT_HEAD.size}")
+    magic, version, length, crc = ARTIFACT_HEAD.unpack_from(data)
+    expect(magic == ARTIFACT_MAGIC, f"magic is {magic!r}, expected {ARTIFACT_MAGIC!r}")
+    expect(version == ARTIFACT_VERSION, f"version is {version}, expected {ARTIFACT_VERSION}")
+    packed = data[ARTIFACT_HEAD.size: ARTIFACT_HEAD.size + length]
+    expect(len(packed) == length, f"header is cut off at {len(packed)} of {length} bytes")
+    expect(zlib.crc32(packed) == crc, "header checksum")
+    try:
+        unpacker = zlib.decompressobj()
+        header = json.loads(unpacker.decompress(packed, LONGEST_HEADER))
+        header["tensors"] = [Spec(name, tuple(shape), bits) for name, shape, bits in header["tensors"]]
+        streams, at = {}, ARTIFACT_HEAD.size + length
+        for name, size, checksum_ in header["streams"]:
+            streams[name] = data[at: at + size]
+            expect(len(streams[name]) == size, f"stream {name} is cut off at {len(streams[name])} of {size} bytes")
+            expect(zlib.crc32(streams[name]) == checksum_, f"checksum of stream {name}")
+            at += size
+    except (ValueError, KeyError, TypeError, zlib.error) as e:
+        raise UserError(f"artifact {path} is damaged: header ({e})") from None
+    expect(at == len(data), f"total length is {len(data)} bytes, expected {at}")
+    return header, streams
+
+
+def read_artifact(path: Path, config: Config) -> dict[str, IntTensor | HalfTensor]:
+    """Codes read back from disk; nothing in the file can run code. Raises UserError."""
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise UserError(f"artifact {path} cannot be read: {e.strerror}; run training or QUANTIZE_ONLY=1 first") from None
+    header, streams = read_artifact_header(data, path)
+    check_same_model(path, header["model"], config)
+    if header["compressor"] not in COMPRESSORS:
+        raise UserError(f"artifact {path} is packed with {header['compressor']}: expected one of {', '.join(COMPRESSORS)}")
+    try:
+        return decode(streams, header["tensors"], header["compressor"])
+    except UserError:
+        raise
+    except Exception as e:              # decoders raise what they like; with checked streams this is a foreign file
+        raise UserError(f"artifact {path} is damaged: {e}") from None
+
+
+WRAPPER = """import lzma as z,base64 as b,linecache as l
+s=z.decompress(b.b85decode({blob!r}),z.FORMAT_RAW,None,[{{'id':z.FILTER_LZMA2,'preset':9}}]).decode()
+n=__file__+':unpacked'
+l.cache[n]=(len(s),None,s.splitlines(True),n)
+globals()['PACKED_SOURCE']=s
+exec(compile(s,n,'exec'))
+"""
+
+
+def pack_script(source: str) -> bytes:
+    """The script that ships: comments, docstrings and long local names dropped, compressed, self-extracting."""
+    import python_minifier
+    small = python_minifier.minify(source, remove_literal_statements=True, hoist_literals=False, rename_globals=False,
+                                   remove_annotations=False, combine_imports=True)
+    blob = lzma.compress(small.encode(), lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}])
+    return WRAPPER.format(blob=b85encode(blob).decode()).encode()
+
+
+def shipped_script() -> bytes:
+    """Bytes of the script that the record folder ships: packed, or this very file when it is already packed."""
+    return Path(__file__).read_bytes() if "PACKED_SOURCE" in globals() else pack_script(script_source())
+
+
+# ======================================================================================================================
+# EVALUATE: every validation token scored once, in bits per byte
+# ======================================================================================================================
+
+
+class Score(NamedTuple):
+    loss: float             # mean nats per token
+    bpb: float              # bits per UTF-8 byte
+    tokens: int
+    seconds: float
+
+
+def plain_windows(tokens: np.ndarray, row: int, longest: int) -> np.ndarray:
+    """Windows [start, end, first scored] over input positions: segments cut at BOS, at rows, and every `longest`."""
+    n = len(tokens) - 1
+    starts = np.concatenate([a + segment_bounds(tokens[a: min(a + row, n)], longest) for a in range(0, n, row)])
+    return np.stack((starts, np.append(starts[1:], n), starts), 1)
+
+
+def sliding_windows(tokens: np.ndarray, longest: int, stride: int) -> np.ndarray:
+    """Windows in which every token has up to `longest - stride` tokens of its own document before it.
+
+    A document's first window scores all it sees; each further one ends `stride` later and scores only its last tokens.
+    Context never crosses a document's start (the model is trained so), hence documents up to `longest` are read once.
+    """
+    n = len(tokens) - 1
+    starts = segment_bounds(tokens[:n], n)
+    out = []
+    for a, b in zip(starts, np.append(starts[1:], n)):
+        out.append((a, min(a + longest, b), a))
+        for end in range(a + longest + stride, b + stride, stride):
+            end = min(end, b)
+            out.append((end - longest, end, out[-1][1]))
+    return np.array(out)
+
+
+def pack_windows(windows: np.ndarray, row: int) -> list[np.ndarray]:
+    """Windows in order, as many to a row as fit."""
+    rows, first, used = [], 0, 0
+    for i, size in enumerate(windows[:, 1] - windows[:, 0]):
+        if used + size > row:
+            rows.append(windows[first:i])
+            first, used = i, 0
+        used += size
+    return [*rows, windows[first:]]
+
+
+@torch.no_grad()
+def score_windows(run: Run, model: GPT, data: Validation, windows: np.ndarray, row: int, longest: int, name: str) -> Score:
+    """Loss and bits per byte over the scored part of all windows; rows of windows are shared out over the ranks."""
+    world, start = run.world, time.perf_counter()
+    tokens, n = data.tokens, len(data.tokens) - 1
+    rows = pack_windows(windows, row)
+    mine = rows[world.rank:: world.size]
+    progress = Progress(run.log, name, len(mine))
+    nats = torch.zeros((), dtype=torch.float64, device=world.device)
+    counts = torch.zeros(2, dtype=torch.float64)                    # tokens, bytes
+    for done, part in enumerate(mine):
+        at = np.concatenate([np.arange(a, b) for a, b, _ in part])
+        scored = np.concatenate([np.arange(a, b) >= first for a, b, first in part])
+        padded = np.pad(at, (0, row - len(at)))
+        cu = pad_cu_seqlens(np.append(0, np.cumsum(part[:, 1] - part[:, 0])), row)
+        as_row = lambda values: torch.from_numpy(values.astype(np.int64))[None]
+        batch = to_device(Batch(as_row(tokens[padded]), as_row(tokens[padded + 1]), Segments(torch.from_numpy(cu), longest)), world.device)
+        losses = model.losses(batch.ids, batch.targets, batch.segments)[0, : len(at)]
+        nats += losses.double()[torch.from_numpy(scored).to(world.device)].sum()
+        counts += torch.tensor([scored.sum(), data.byte_counts[at[scored] + 1].sum()], dtype=torch.float64)
+        progress(done + 1)
+    total = world.sum(torch.cat((nats[None].cpu(), counts)))
+    nats, scored, size = total.tolist()
+    run.log(f"val_tokens scored:{scored:.0f} total:{n} stage:{name}")
+    if scored != n:
+        raise RuntimeError(f"{name}: {scored:.0f} of {n} validation tokens scored")
+    return Score(nats / scored, nats / math.log(2) / max(size, 1), int(scored), time.perf_counter() - start)
+
+
+def evaluate(run: Run, model: GPT, data: Validation, name: str, sliding: bool = False) -> Score:
+    """Plain evaluation in rows of VAL_BATCH_TOKENS / 8, or with a sliding window of EVAL_SEQ_LEN and EVAL_STRIDE."""
+    c, longest = run.config, run.config.eval_seq_len
+    row = min(c.val_batch_tokens // 8 // longest, -(-len(data.tokens) // longest)) * longest
+    windows = sliding_windows(data.tokens, longest, c.eval_stride) if sliding else plain_windows(data.tokens, row, longest)
+    return score_windows(run, model, data, windows, row, longest, name)
+
+
+def log_score(run: Run, label: str, score: Score):
+    run.log(f"{label} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * score.seconds:.0f}ms")
+
+
+# ======================================================================================================================
+# MAIN: the pipeline
+# ======================================================================================================================
+
+
+class Inputs(NamedTuple):
+    shards: list[np.ndarray]
+    validation: Validation
+    paths: list[Path]
+
+
+def preflight(run: Run) -> Inputs:
+    """Everything that can be found wrong before time is spent: data, tokenizer, batch, output folder, coders."""
+    c = run.config
+    select_kernels(c)
+    micro_batch(c, run.world.size)
+    paths = find_shards(c, "train") if not c.ttt_eval_only else []
+    shards = [read_shard(p, c.vocab_size) for p in paths]
+    if shards:
+        TokenStream(shards, 0, run.world.size, micro_batch(c, run.world.size)[1], c.train_seq_len)
+    validation = load_validation(c, run.log)
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        probe = run.folder / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise UserError(f"cannot write to {run.folder.resolve()}: {e.strerror}; set ARTIFACT_DIR") from None
+    if not (c.prequant_only or c.ttt_eval_only):
+        COMPRESSORS[c.compressor][0](b"probe")
+        if "PACKED_SOURCE" not in globals():
+            import python_minifier  # noqa: F401  (needed at the end to count the code's bytes)
+    return Inputs(shards, validation, paths + find_shards(c, "val"))
+
+
+def train(run: Run, model: GPT, inputs: Inputs) -> dict[str, Tensor]:
+    """Warm up, train, save the EMA weights; leaves them in the model and returns them under their file names."""
+    c, trainer = run.config, Trainer(run, model, inputs.shards)
+    with run.ledger.stage("warmup"):
+        def rehearse():
+            if c.max_wallclock_seconds and c.gptq_reserve_seconds < 0 and not c.prequant_only:
+                quiet = run._replace(log=Log(None, quiet=True))
+                quantize(quiet, trainer.average(), collect_hessians(quiet, model, inputs.shards, 1))
+        seconds = trainer.warm_up(rehearse)
+    reserve = c.gptq_reserve_seconds
+    if reserve < 0:
+        reserve = reserve_seconds(run, model, trainer, inputs, seconds)
+    run.log(f"gptq:reserving {reserve:.2f}s, effective={1000 * max(c.max_wallclock_seconds - reserve, 0):.0f}ms")
+    reset_peak_memory(run.world.device)
+    trainer.loop(reserve, lambda at: validate_in_training(run, model, inputs.validation, at))
+    if run.world.device.type == "cuda":
+        peak, held = (f() >> 20 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved))
+        run.log(f"peak memory allocated: {peak} MiB reserved: {held} MiB")
+    with run.ledger.stage("ema", "train"):
+        weights = trainer.average()
+        import_weights(model, weights)
+    if run.world.rank == 0:
+        save_tensors(run.folder / "final_model.safetensors", weights, {"model": model_knobs(c), "step": trainer.step, "seed": c.seed,
+                                                                      "train_seconds": run.ledger.used["train"]})
+    return export_weights(dict(model.named_parameters()), c.num_layers)
+
+
+def reserve_seconds(run: Run, model: GPT, trainer: Trainer, inputs: Inputs, rehearsal: float) -> float:
+    """Seconds that Hessians and GPTQ will take, from a rehearsal on one batch: every further batch costs as much as
+    one forward with taps. A fifth is added; rank 0's figure holds for all."""
+    c = run.config
+    if not c.max_wallclock_seconds or c.prequant_only:
+        return 0.0
+    start = time.perf_counter()
+    collect_hessians(run._replace(log=Log(None, quiet=True)), model, inputs.shards, 1)
+    run.world.sync()
+    one = time.perf_counter() - start
+    estimate = 1.2 * (rehearsal + one * (c.gptq_calibration_batches - 1)) + 0.5
+    return run.world.broadcast(torch.tensor([estimate], dtype=torch.float64)).item()
+
+
+def reset_peak_memory(device: torch.device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def validate_in_training(run: Run, model: GPT, data: Validation, at: str):
+    score = evaluate(run, model, data, "training")
+    run.log(f"{at} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
+
+
+def compress(run: Run, model: GPT, weights: dict[str, Tensor], inputs: Inputs) -> Path:
+    """Hessians, GPTQ, packing; returns the artifact's path on disk. Over the cap: UserError with code 3, nothing kept."""
+    c, log = run.config, run.log
+    log("GPTQ:collecting Hessians from calibration data...")
+    with run.ledger.stage("hessians", "train"):
+        hessians = collect_hessians(run, model, inputs.shards, c.gptq_calibration_batches)
+    with run.ledger.stage("gptq", "train"):
+        coded = quantize(run, weights, hessians)
+    run.ledger.close("train")
+    path = run.folder / f"final_model.int{c.matrix_bits}.pglf"
+    with run.ledger.stage("pack"):
+        if run.world.rank == 0:
+            artifact, code = write_artifact(coded, c), shipped_script()
+            total, count = len(artifact) + len(code), sum(t.q.numel() for t in coded.values() if isinstance(t, IntTensor))
+            log(f"order0_entropy bytes:{entropy_bytes(coded):.0f} bits_per_weight:{8 * len(artifact) / max(count, 1):.4f} "
+                f"ratio:{len(artifact) / max(entropy_bytes(coded), 1):.4f}")
+            log(f"Serialized model quantized+{c.compressor}: {len(artifact)} bytes")
+            log(f"Code size (wrapped): {len(code)} bytes")
+            log(f"Total submission size quantized+{c.compressor}: {total} bytes")
+            over = total - CAP_BYTES
+            if over <= 0:
+                write_atomically(path, artifact)
+                write_atomically(run.folder / "final_model.train_gpt.py", code)
+        else:
+            over = 0
+        over = int(run.world.broadcast(torch.tensor([float(over)], dtype=torch.float64)).item())
+    if over > 0:
+        raise UserError(f"the submission is {over} bytes over the cap of {CAP_BYTES}: nothing was written; "
+                        "raise the clip sigmas or lower the bits", code=3)
+    return path
+
+
+def score_artifact(run: Run, model: GPT, path: Path, data: Validation):
+    """The submission's own score: read back from disk, unpacked, evaluated, inside the evaluation budget."""
+    with run.ledger.stage("unpack", "eval"):
+        coded = run.world.together(lambda: read_artifact(path, run.config))
+        import_weights(model, {name: t.decode() for name, t in coded.items()}, str(path))
+    with run.ledger.stage("eval_quantized", "eval"):
+        log_score(run, "diagnostic quantized", evaluate(run, model, data, "quantized"))
+    if run.config.sliding_window_enabled:
+        with run.ledger.stage("eval_sliding", "eval"):
+            log_score(run, "quantized_sliding_window", evaluate(run, model, data, "quantized_sliding_window", sliding=True))
+    run.ledger.close("eval")
+
+
+def pipeline(config: Config, world: World, log: Log):
+    """One run, from what the environment asks for to the last number."""
+    start, c = time.perf_counter(), config
+    run = Run(config, world, log, Ledger(log, world, c.max_wallclock_seconds), Path(c.artifact_dir or "."))
+    inputs = world.together(lambda: preflight(run))
+    attention_name = world.together(lambda: choose_attention(c, world.device))
+    log_provenance(run, attention_name, inputs.paths)
+    torch._dynamo.config.cache_size_limit = 64              # a graph per pass shape, length and grad mode
+    torch._dynamo.config.automatic_dynamic_shapes = False   # lengths are few and fixed; cu_seqlens is marked dynamic
+    compiled = c.compile_enabled and world.device.type == "cuda" and attention_name != "sdpa"
+    model = GPT(c, world.device, attention_name, compiled)
+    log(f"model_params:{sum(p.numel() for p in model.parameters())}")
+    path = run.folder / f"final_model.int{c.matrix_bits}.pglf"
+    if not c.ttt_eval_only:
+        if c.quantize_only:
+            saved, _ = world.together(lambda: load_tensors(run.folder / "final_model.safetensors", c))
+            import_weights(model, saved, str(run.folder / "final_model.safetensors"))
+            weights = export_weights(dict(model.named_parameters()), c.num_layers)
+        else:
+            weights = train(run, model, inputs)
+        with run.ledger.stage("eval_prequant"):
+            log_score(run, "diagnostic pre-quantization post-ema", evaluate(run, model, inputs.validation, "prequant"))
+        if not c.prequant_only:
+            weights = {name: w.detach().clone() for name, w in weights.items()}
+            path = compress(run, model, weights, inputs)
+    if not c.prequant_only:
+        score_artifact(run, model, path, inputs.validation)
+    log(f"run_complete seconds:{time.perf_counter() - start:.1f}")
+
+
+def main() -> int:
+    world = log = None
+    try:
+        config, warnings = load_config(dict(os.environ))
+        if config.config_check:
+            print("\n".join([*warnings, config_table(config)]))
+            return 0
+        world = World()
+        folder = Path(config.artifact_dir) if config.artifact_dir else Path("logs")
+        log = world.together(lambda: Log(folder / f"{config.run_id}.txt", quiet=world.rank != 0))
+        for line in warnings:
+            log(line)
+        pipeline(config, world, log)
+    except UserError as e:
+        if int(os.environ.get("RANK", 0) or 0) == 0:
+            (log or print)(f"error: {e}") if log else print(f"error: {e}", file=sys.stderr)
+        return e.code
+    finally:
+        if world:
+            world.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
