@@ -18,7 +18,6 @@ files by SHA-256).
 import argparse
 import ast
 import hashlib
-import io
 import json
 import platform
 import sys
@@ -28,9 +27,10 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from shards import BOS_ID, AtomicFile, DataError, run, shard_name, sidecar_name, write_json, write_shard
+from shards import BOS_ID, AtomicFile, DataError, run, sha256_file, shard_name, sidecar_name, write_json, write_shard
 
 HERE = Path(__file__).resolve().parent
+SOURCES = ("sample.py", "tokenize_docs.py", "caseops.py", "shards.py")
 VAL_TOKENS = 45_000  # evaluation on two CPU cores must be quick
 VAL_LONGEST = 2_000  # tokens; longer documents train
 CHARACTERS_PER_TOKEN = 2.4  # of this text with 1,024 pieces, measured
@@ -114,28 +114,11 @@ def standard_library_documents() -> list[str]:
     return sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())
 
 
-def train_tokenizer(documents: list[str], vocab_size: int, symbols: tuple[str, ...] = ()) -> bytes:
-    """A serialised SentencePiece BPE model that keeps every character: decode(encode(text)) == text."""
-    import sentencepiece as spm
-
-    model = io.BytesIO()
-    try:
-        spm.SentencePieceTrainer.train(
-            sentence_iterator=iter(documents), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            byte_fallback=True, character_coverage=0.9995, split_digits=True, normalization_rule_name="identity",
-            add_dummy_prefix=False, remove_extra_whitespaces=False, pad_id=0, bos_id=BOS_ID, eos_id=2, unk_id=3,
-            user_defined_symbols=list(symbols), max_sentence_length=1 << 20, num_threads=2, minloglevel=2,
-        )  # fmt: skip
-    except RuntimeError as e:
-        raise DataError(f"tokenizer of {vocab_size} pieces: SentencePiece refused ({e})") from e
-    return model.getvalue()
-
-
 def describe(vocab_size: int, caseops: bool) -> dict:
     """What decides the output, byte for byte."""
     import sentencepiece
 
-    sources = b"".join((HERE / name).read_bytes() for name in ("sample.py", "caseops.py", "shards.py"))
+    sources = b"".join((HERE / name).read_bytes() for name in SOURCES)
     return {
         "made_by": "data/sample.py",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
@@ -151,7 +134,7 @@ def up_to_date(out: Path, description: dict) -> bool:
     try:
         manifest = json.loads((out / "manifest.json").read_text())
         return {k: v for k, v in manifest.items() if k != "files"} == description and all(
-            hashlib.sha256((out / name).read_bytes()).hexdigest() == entry["sha256"]
+            sha256_file(out / name) == entry["sha256"]
             for name, entry in manifest["files"].items()
         )
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -162,6 +145,7 @@ def build(out: Path, vocab_size: int, caseops: bool) -> dict:
     """Write shards, tokenizer and (with caseops) the sidecar to `out`; returns the manifest. Raises DataError."""
     import sentencepiece as spm
     from caseops import CONTROLS, encode, piece_byte_counts
+    from tokenize_docs import train_tokenizer
 
     # Validation is cut by an estimate of its tokens, so that the tokenizer can be trained without it.
     estimate, val, train = 0, [], []
@@ -174,7 +158,7 @@ def build(out: Path, vocab_size: int, caseops: bool) -> dict:
             train.append(text)
     if caseops:
         train, val = [encode(text) for text in train], [encode(text) for text in val]
-    model = train_tokenizer(train, vocab_size, CONTROLS if caseops else ())
+    model = train_tokenizer(train, vocab_size, CONTROLS if caseops else (), "identity")
     sp = spm.SentencePieceProcessor(model_proto=model)
 
     def shard(documents: list[str]) -> np.ndarray:
@@ -191,7 +175,7 @@ def build(out: Path, vocab_size: int, caseops: bool) -> dict:
     documents = {shard_name("train", 0): len(train), shard_name("val", 0): len(val)}
     files = {}
     for name in [*arrays, "tokenizer.model"]:
-        files[name] = {"sha256": hashlib.sha256((out / name).read_bytes()).hexdigest()}
+        files[name] = {"sha256": sha256_file(out / name)}
         if name in arrays:
             files[name]["entries"] = len(arrays[name])
         if name in documents:

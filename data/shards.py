@@ -9,6 +9,7 @@ Everything is written to a temporary file beside its place, flushed to disk, the
 file or the whole new one, never a part, and a failed run leaves what was there.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -134,18 +135,19 @@ class AtomicFile:
         return self.file
 
     def __exit__(self, kind, error, trace):
+        complete = False
         try:
             if kind is None:
                 self.file.flush()
                 os.fsync(self.file.fileno())
-        except OSError:
-            kind = OSError
-            raise
+                complete = True
         finally:
-            self.file.close()
-            if kind is not None:
-                self.temporary.unlink(missing_ok=True)
-        if kind is None:
+            try:
+                self.file.close()  # on a full disk this fails once more
+            finally:
+                if not complete:
+                    self.temporary.unlink(missing_ok=True)
+        if complete:
             os.replace(self.temporary, self.path)
             sync_folder(self.path.parent)
 
@@ -176,6 +178,15 @@ def write_shard(path: Path, values) -> None:
     with AtomicFile(path) as f:
         f.write(header(len(entries)))
         f.write(entries.tobytes())
+
+
+def sha256_file(path: Path) -> str:
+    """A file's SHA-256, in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def write_json(path: Path, content) -> None:
