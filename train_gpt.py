@@ -582,7 +582,7 @@ def script_source() -> str:
 def log_provenance(run: Run, attention: str, shards: list[Path]):
     """Settings, versions, devices, revision, checksums and source: what a reader needs to repeat the run."""
     c, log, source = run.config, run.log, script_source()
-    log("Hyperparameters:\n" + config_table(c))
+    log("Hyperparameters:\n" + config_table(c), console=False)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
                 "triton": getattr(triton, "__version__", None), "attention": attention}
     log("version " + " ".join(f"{k}:{v}" for k, v in versions.items()))
@@ -1216,7 +1216,7 @@ def head_losses(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, cap: float
     """Cross-entropy in nats of every position, float32 [B, T]."""
     n = norm(x_BTD)
     if tap:
-        tap("tok_emb.weight", n)
+        tap("head", n)
     logits = linear(n, weight_VD, adapter)
     return softcap_ce(logits.flatten(0, 1), targets_BT.flatten(), cap).view(targets_BT.shape)
 
