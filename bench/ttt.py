@@ -132,13 +132,13 @@ def main():
         import sentencepiece
         counts = tg.count_bytes(tokens, tg.token_byte_table(sentencepiece.SentencePieceProcessor(model_file=a.tokenizer)))
     else:
-        counts = np.where(tokens == tg.BOS, 0, a.bytes_per_token)
+        counts = np.diff((np.cumsum(tokens != tg.BOS) * a.bytes_per_token).astype(np.int64), prepend=0)
     order = np.random.default_rng(0).permutation(len(tg.find_documents(tokens)))
     data = choose_documents(tokens, counts, order[: a.documents], a.longest)
     tune = choose_documents(tokens, counts, order[a.documents: a.documents + a.tune_documents], a.longest)
     cuda = b.world.device.type == "cuda"
-    out = {"device": b.device_name, "torch": torch.__version__, "documents": a.documents, "tokens": len(data.tokens) - 1, "compile": a.compile,
-           "batch": a.batch, "published_batch": a.published_batch, "rank": a.rank, "phases": a.phases}
+    out = {"device": b.device_name, "torch": torch.__version__, "documents": a.documents, "tokens": len(data.tokens) - 1,
+           "compile": a.compile, "batch": a.batch, "published_batch": a.published_batch, "rank": a.rank, "phases": a.phases}
 
     short = choose_documents(tokens, counts, order[: a.batch], 240)         # compiles, loads libraries; same rows as later
     begun = time.perf_counter()
@@ -196,8 +196,8 @@ def main():
             torch.cuda.reset_peak_memory_stats()
         published = b.published(some)
         row("published 48 lr 1e-4", published, base)
-        out.update(published_tok_s=published.tokens / published.seconds, published_bpb=published.bpb, published_gain=base.bpb - published.bpb,
-                   published_documents=a.published_documents or a.documents,
+        out.update(published_tok_s=published.tokens / published.seconds, published_bpb=published.bpb,
+                   published_gain=base.bpb - published.bpb, published_documents=a.published_documents or a.documents,
                    published_peak_memory_gb=torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0)
         if a.published_documents and a.only != "published":
             row("cached, the same documents", again := b.cached(some, *setting), base)

@@ -91,7 +91,8 @@ def worker():
     try:
         score = tg.evaluate_adapted(run, model, documents(task["sizes"]), "quantized_ttt_phased", time.perf_counter(),
                                     task.get("rate", 1e9), bank)
-        print("SCORE", json.dumps([score.loss, score.bpb, score.tokens, float(sum(p.double().sum() for p in model.parameters()))]), flush=True)
+        weights = float(sum(p.detach().double().sum() for p in model.parameters()))
+        print("SCORE", json.dumps([score.loss, score.bpb, score.tokens, weights]), flush=True)
     except tg.UserError as e:
         print("USERERROR", e, flush=True)
         code = e.code

@@ -143,7 +143,8 @@ def test_windowed_attention_is_a_mask():
 
 def test_score_first_banks_before_it_adapts():
     events = []
-    for chunk, value in enumerate(tg.score_first(range(3), lambda c: events.append(f"score {c}") or c, lambda c: events.append(f"adapt {c}"))):
+    score, adapt = lambda c: events.append(f"score {c}") or c, lambda c: events.append(f"adapt {c}")
+    for chunk, value in enumerate(tg.score_first(range(3), score, adapt)):
         events.append(f"bank {chunk}")
         assert value == chunk
     assert events == [f"{what} {c}" for c in range(3) for what in ("score", "bank", "adapt")]
