@@ -1276,6 +1276,20 @@ def head_losses(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, cap: float
     return softcap_ce(logits.flatten(0, 1), targets_BT.flatten(), cap).view(targets_BT.shape)
 
 
+def adapters_of(adapters: Adapters | None) -> list[LoRA]:
+    if adapters is None:
+        return []
+    return [lora for part in (*adapters.passes, (adapters.head,)) for lora in part if lora is not None]
+
+
+def mark_flexible(*tensors: Tensor | None):
+    """Tell the compiler that rows and positions (the first two dimensions) vary: one graph for all batches of adapters."""
+    for t in tensors:
+        if t is not None:
+            for i in range(min(t.ndim, 2)):
+                torch._dynamo.maybe_mark_dynamic(t, i)
+
+
 class GPT(nn.Module):
     """The network of spec model.md: depth recurrence with U-Net skips, XSA, head gates, parallel residuals.
 
@@ -1351,10 +1365,12 @@ class GPT(nn.Module):
         cache: keys and values of earlier positions; where it holds any, ids begin with the token before (for the
         SmearGate), which gives no output.
         """
-        c, compiled = self.config, self.compiled and not tap
+        c, start = self.config, cache.position if cache else 0
+        compiled = self.compiled and not tap and not (cache and start == 0 or adapters and len(ids_BT) == 1)    # not for sizes 0, 1
         run = self.block if compiled else block
+        flexible = mark_flexible if compiled and adapters else lambda *tensors: None
+        flexible(ids_BT, *(t for lora in adapters_of(adapters) for t in lora[:2]))
         x = (self.embed if compiled else embed)(ids_BT, self.tok_emb, self.smear_gate, self.smear_lambda, self.dtype)
-        start = cache.position if cache else 0
         x0 = x = x[:, 1:] if start else x
         layers, lane, skips = self.layers(), None, []
         length = x.shape[1]
@@ -1366,6 +1382,8 @@ class GPT(nn.Module):
         weights = self.skip_weights.unbind(0) if skips is not None and self.skip_weights is not None else ()
         gates = self.skip_gates.unbind(0) if self.skip_gates is not None else (None,) * len(weights)
         for slot, i in enumerate(order):
+            past = cache.read(slot) if cache else None
+            flexible(x, x0, lane, *rope, *(past[:2] if past else ()))
             k = slot - encoder
             skip = Skip(skips.pop(), weights[k], gates[k]) if k >= 0 and skips else None
             if lane is None and self.shapes[i].kind == "lanes":
@@ -1373,7 +1391,7 @@ class GPT(nn.Module):
             x, lane, fresh = run(x, lane, x0, skip, layers[i], segments, rope, self.shapes[i],
                                  adapters.passes[slot] if adapters else NO_ADAPTERS,
                                  (lambda role, value, i=i: tap(f"blocks.{i}.{role}", value)) if tap else None,
-                                 cache.read(slot) if cache else None)
+                                 past)
             if cache:
                 cache.keep(slot, *fresh)
             if k < 0:
@@ -1394,6 +1412,8 @@ class GPT(nn.Module):
         weight = (self.tok_emb if self.lm_head is None else self.lm_head).to(self.dtype)
         run = self.head_losses if self.compiled and not tap else head_losses
         head, caps = (adapters.head, adapters.caps) if adapters else (None, None)
+        if self.compiled and adapters:
+            mark_flexible(x, targets_BC)
         return run(x, weight, targets_BC, self.config.logit_softcap, head, tap, caps)
 
 
@@ -2624,7 +2644,7 @@ class Reader:
             starts = torch.from_numpy(starts).to(self.ids.device)[:, None]
             ids = self.ids[: self.rows].gather(1, (starts + torch.arange(width, device=starts.device)).clamp(max=self.ids.shape[1] - 1))
             at = (first - starts + inside).clamp(0, width - 1)
-        with torch.set_grad_enabled(self.teaches):
+        with torch.set_grad_enabled(self.teaches or self.model.compiled):      # compiled: the same graphs for last chunks
             return self.model.losses(ids, targets, adapters=self.adapters.build(self.caps), cache=self.cache, at_BC=at)
 
 
@@ -2667,18 +2687,25 @@ def train_globally(run: Run, model: GPT, tokens: np.ndarray, documents: np.ndarr
 
 
 def global_step(run: Run, model: GPT, stream: np.ndarray, a: int, b: int, parameters: list[Tensor], caps: Tensor | None, optimizer):
-    """SGD on the mean loss of the targets of positions [a, b), sequences of them shared out over the ranks."""
+    """SGD on the mean loss of the targets of positions [a, b), sequences of them shared out over the ranks.
+
+    A segment ends with its sequence and, if documents are respected, its document. The token before a rank's share is
+    read with it (for the SmearGate), so that shares do not matter.
+    """
     c, world, longest = run.config, run.world, run.config.eval_seq_len
     sequences = -(-(b - a) // longest)
     mine = [min(a + longest * (sequences * (world.rank + i) // world.size), b) for i in (0, 1)]
     optimizer.zero_grad(set_to_none=True)
     if mine[1] > mine[0]:
-        row = stream[mine[0]: mine[1] + 1]
-        starts = segment_bounds(row[:-1], longest) if c.global_ttt_respect_doc_boundaries else np.arange(0, len(row) - 1, longest)
+        lead = min(mine[0], 1)
+        row = stream[mine[0] - lead: mine[1] + 1]
+        starts = np.append(np.zeros(lead, np.int64), np.arange(lead, len(row) - 1, longest))
+        if c.global_ttt_respect_doc_boundaries:
+            starts = np.union1d(starts, np.flatnonzero(row[:-1] == BOS))
         ids, cu = torch.from_numpy(row.astype(np.int64))[None], torch.from_numpy(pad_cu_seqlens(starts, len(row) - 1))
         batch = to_device(Batch(ids[:, :-1], ids[:, 1:], Segments(cu, longest)), world.device)
         adapters = None if caps is None else Adapters((NO_ADAPTERS,) * len(c.pass_order(c.num_loops)[0]), caps=caps)
-        (model.losses(batch.ids, batch.targets, batch.segments, adapters=adapters).sum() / (b - a)).backward()
+        (model.losses(batch.ids, batch.targets, batch.segments, adapters=adapters)[:, lead:].sum() / (b - a)).backward()
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         world.sum(p.grad)
@@ -2878,6 +2905,7 @@ class Adaptation:
                     done, seconds = sum(len(b.documents) for b in self.batches[: phase.last]), time.perf_counter() - start
                     run.log(f"ttpp: phase:{number + 1}/{len(boundaries)} pd:{done} gd:{phase.documents} t:{seconds:.1f}s")
                     self.train_globally(documents[: phase.documents], self.batches[phase.last:])
+            self.crew.close()
             total = sum_over_ranks(run, self.data, self.mine, self.name)
         except (RuntimeError, dist.DistError) as e:
             if world.size > 1 and any(word in str(e).lower() for word in ("connection", "peer", "socket", "broken pipe", "reset")):
@@ -2946,8 +2974,8 @@ class Adaptation:
 
     def finish_if_signalled(self):
         """After a signal on any rank: the score of what is done, marked partial."""
+        total, n = self.crew.total(), len(self.data.tokens) - 1       # before the collective: then the store may go
         if self.run.world.sum(torch.tensor(float(self.signals.received)), dist.ReduceOp.MAX):
-            total, n = self.crew.total(), len(self.data.tokens) - 1
             self.run.log(f"partial {self.name} val_loss:{total.loss:.8f} val_bpb:{total.bpb:.8f} tokens:{total.tokens} of {n}")
             raise UserError(f"{self.name} stopped by a signal after {total.tokens} of {n} tokens; the score of these is partial", code=130)
 

@@ -74,32 +74,27 @@ def adapt(data: tg.Validation, run=None, model=None, plain_rate=1e9, began=None,
 
 
 def worker():
-    """One rank: settings from WORKER (JSON: sizes, settings, and what goes wrong); prints the score as JSON."""
-    task = json.loads(os.environ["WORKER"])
+    """One rank: reads WORKER (JSON list of tasks: sizes, settings, what goes wrong), prints a line for each."""
     world = tg.World()
-    run, model = setting(**task["settings"])
     log = tg.Log(None, quiet=world.rank != 0)
-    run = run._replace(world=world, log=log, ledger=tg.Ledger(log, world, 0))
     tg.Crew.SILENCE = 4.0
+    for task in json.loads(os.environ["WORKER"]):
+        run, model = setting(**task["settings"])
+        run = run._replace(world=world, log=log, ledger=tg.Ledger(log, world, 0))
 
-    def bank(batch, chunk, losses):
-        if task.get("pause"):
-            time.sleep(task["pause"])
-        if task.get("kill") == world.rank and chunk == 1:
-            os._exit(9)
-    code = 0
-    try:
-        score = tg.evaluate_adapted(run, model, documents(task["sizes"]), "quantized_ttt_phased", time.perf_counter(),
-                                    task.get("rate", 1e9), bank)
-        weights = float(sum(p.detach().double().sum() for p in model.parameters()))
-        print("SCORE", json.dumps([score.loss, score.bpb, score.tokens, weights]), flush=True)
-    except tg.UserError as e:
-        print("USERERROR", e, flush=True)
-        code = e.code
-    if not task.get("kill"):
-        world.close()
-    sys.stdout.flush()
-    os._exit(code)
+        def bank(batch, chunk, losses):
+            time.sleep(task.get("pause", 0))            # noqa: B023
+            print("BANKED", flush=True)
+            if task.get("kill") == world.rank and chunk == 1:       # noqa: B023
+                os._exit(9)
+        try:
+            score = tg.evaluate_adapted(run, model, documents(task["sizes"]), "quantized_ttt_phased", time.perf_counter(), 1e9, bank)
+            weights = float(sum(p.detach().double().sum() for p in model.parameters()))
+            print("SCORE", json.dumps([score.loss, score.bpb, score.tokens, weights]), flush=True)
+        except tg.UserError as e:
+            print("USERERROR", e, flush=True)
+            os._exit(e.code)
+    world.close()
 
 
 if __name__ == "__main__":
