@@ -595,7 +595,7 @@ def log_provenance(run: Run, attention: str, shards: list[Path]):
     for path in shards:
         head = open(path, "rb").read(HEADER_BYTES)
         log(f"input file:{path} sha256:{hashlib.sha256(head).hexdigest()} tokens:{np.frombuffer(head, '<i4')[2]}", console=False)
-    lines = source.splitlines()
+    lines = source.split("\n")
     log(f"source_begin lines:{len(lines)}\n" + "\n".join("| " + line for line in lines) + "\nsource_end", console=False)
 
 
