@@ -196,7 +196,8 @@ class _Reader:
 
     def train_line(self, m):
         pairs = {key: float(value) for key, value in re.findall(rf"(\S+): ?({NUMBER})", m[3])}
-        point = {"step": int(m[1]), "loss": float(m[2]), "minutes": pairs.get("train_time"), "tok_s": pairs.get("tok/s")}
+        point = {"step": int(m[1]), "loss": float(m[2])}
+        point |= {"minutes": pairs.get("train_time"), "tok_s": pairs.get("tok/s")}
         point |= {key: pairs.get(key) for key in ("seconds", "lr_mul", "grad_norm")}
         self.run["series"]["train"].append(point)
         if not math.isfinite(point["loss"]):
