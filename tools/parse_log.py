@@ -21,6 +21,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -428,6 +429,17 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def run_tool(main) -> None:
+    """Call a tool's main; a reader that closes the pipe early (`… | head`) is no error."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
 def parse_all(paths) -> list[dict]:
     """Parse every path, or leave with exit code 2 at the first that cannot be read."""
     try:
@@ -490,8 +502,4 @@ def finite(value):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # `parse_log.py … | head`
-        sys.stderr.close()
-        sys.exit(0)
+    run_tool(main)

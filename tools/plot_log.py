@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import bisect
 import json
-import sys
 from pathlib import Path
 
-from parse_log import EVALS, arguments, fail, finite, parse_all
+from parse_log import EVALS, arguments, fail, finite, parse_all, run_tool
 
 # Okabe–Ito: eight colours told apart with every common colour blindness; a second round changes the dashes too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00")
@@ -251,4 +250,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)
