@@ -178,7 +178,8 @@ def judge_coverage(run: dict, verdict: Verdict) -> None:
         verdict.over(at + f"the log does not state the validation tokens scored ({EVAL_TITLES[run['final']]})")
     for stage, (scored, total) in run["coverage"].items():
         if scored != total:
-            verdict.broken(at + f"validation not fully scored ({EVAL_TITLES[stage]}): {scored:,} of {total:,} tokens")
+            title = EVAL_TITLES.get(stage, stage)
+            verdict.broken(at + f"validation not fully scored ({title}): {scored:,} of {total:,} tokens")
     val = [i for i in run["inputs"] if "val" in Path(i["file"]).name and "bytes" not in Path(i["file"]).name]
     if run["final"] in run["coverage"] and val and all(i["tokens"] is not None for i in val):
         total, held = run["coverage"][run["final"]][1], sum(i["tokens"] for i in val)
@@ -483,7 +484,7 @@ def markdown(rows: list[list[str]]) -> str:
 def results_table(runs: list[dict]) -> str:
     """One row a seed, then mean and deviation."""
     evals = [e for e in EVALS if any(r[f"{e}_bpb"] is not None for r in runs)]
-    columns = [("steps", ",.0f", lambda r: r["steps"]), ("ms/step", ".1f", lambda r: r["step_avg_ms"])]
+    columns = [("steps", ",.0f", lambda r: r["steps"]), ("ms/step", ",.1f", lambda r: r["step_avg_ms"])]
     columns += [(f"{EVAL_TITLES[e]} bpb", ".5f", lambda r, e=e: r[f"{e}_bpb"]) for e in evals]
     columns += [("final nats", ".5f", lambda r: r[f"{r['final']}_loss"])]
     columns += [("artifact bytes", ",.0f", lambda r: r["artifact_bytes"])]

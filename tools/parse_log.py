@@ -160,7 +160,7 @@ class _Reader:
         self.block = "config"
 
     def sigma_header(self, m):
-        self.run["sigma_rule"], self.sigma_count = m[1], int(m[2])
+        self.run["sigma_rule"], self.sigma_count = m[1].removeprefix("rule:"), int(m[2])
         self.run["sigmas"] = {}
         self.block = "sigmas"
 
@@ -256,7 +256,7 @@ class _Reader:
 
     def coverage(self, m):
         stage = m[3] or "quantized"
-        hints = (("ttt", "ttt"), ("slid", "sliding"), ("pre", "prequant"))
+        hints = (("ttt", "ttt"), ("slid", "sliding"), ("pre", "prequant"), ("training", "training"))
         name = next((e for hint, e in hints if hint in stage), "quantized")
         self.run["coverage"][name] = [int(m[1]), int(m[2])]
 
@@ -373,7 +373,7 @@ LINES = [
         (rf"ttt_lora:compile warmup done \(({NUMBER})s\)", _Reader.ttt_compile),
         (r"val_tokens scored: ?(\d+) total: ?(\d+)(?: stage:(\S+))?", _Reader.coverage),
         (rf"ledger stage:(\S+) seconds:({NUMBER}) budget:(\w+)", _Reader.ledger),
-        (rf"budget (train|eval) ({NUMBER})/{NUMBER}", _Reader.budget),
+        (rf"budget (train|eval) ({NUMBER})/(?:{NUMBER}|none)", _Reader.budget),
         (r"budget_violation: ?(.*)$", _Reader.violation),
         (rf"total_eval_time:({NUMBER})s", _Reader.total_eval),
         (rf"run_complete seconds:({NUMBER})", _Reader.run_complete),

@@ -110,7 +110,7 @@ def loss_limits(drawn: list[dict]) -> tuple[float, float] | None:
 
 def result(run: dict) -> str:
     """The end of a legend line: '4,835 steps · 1.06214 bpb'."""
-    parts = [f"{run['steps']:,} steps"] if run["steps"] else []
+    parts = [f"{run['steps']:,} step{'s' if run['steps'] > 1 else ''}"] if run["steps"] else []
     if run["final"]:
         parts.append(f"{run[run['final'] + '_bpb']:.5f} bpb")
     return " · ".join(parts)
@@ -129,7 +129,8 @@ def draw_run(c: dict, column: int, loss, lr, crowded: bool, color: str, ls) -> N
         if not crowded:
             loss.plot(xs, ys, color=color, alpha=0.25, lw=0.8)
         ys = smooth(ys, max(2, len(ys) // 50))
-    loss.plot(xs, ys, color=color, ls=ls, lw=1.5)
+    dot = {"marker": "o", "ms": 3.5} if len(ys) < 4 else {}  # a line of one point would not show
+    loss.plot(xs, ys, color=color, ls=ls, lw=1.5, **dot)
     diamond = {"marker": "D", "ms": 4.5 if crowded else 6, "mec": "white", "mew": 0.8, "zorder": 4}
     triangle = {"marker": "^", "ms": 7 if crowded else 8.5, "mec": color, "mew": 1.6, "zorder": 5}
     loss.plot(*(tuple(points("val")) or ((), ())), ls="", color=color, **diamond)
@@ -137,7 +138,7 @@ def draw_run(c: dict, column: int, loss, lr, crowded: bool, color: str, ls) -> N
         loss.plot([x], [interpolate(x, xs, ys)], color="white", **triangle)
         for ax in (loss, lr):
             ax.axvline(x, color=color, ls=":", lw=0.9, alpha=0.8, zorder=1)
-    lr.plot(*(tuple(points("lr")) or ((), ())), color=color, ls=ls, lw=1.5)
+    lr.plot(*(tuple(points("lr")) or ((), ())), color=color, ls=ls, lw=1.5, **dot)
 
 
 def draw(runs: list[dict], labels: list[str], out: Path, full: bool = False, title: str = "") -> list[dict]:
@@ -194,9 +195,12 @@ def draw(runs: list[dict], labels: list[str], out: Path, full: bool = False, tit
         ax.set_xticks(range(len(order)), [STAGE_LABELS[e] for e in order])
         ax.set_xlim(-0.4, len(order) - 0.6)
         ax.set_ylabel("bits per byte")
-        ax.ticklabel_format(axis="y", useOffset=False)
-        ax.yaxis.set_major_locator(MaxNLocator(9))
+        ax.yaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 5, 10]))
         ax.margins(y=0.08)
+        low, high = ax.get_ylim()
+        if high - low < 2e-3:  # ticks of four decimals stay distinct and short
+            ax.set_ylim((low + high) / 2 - 1e-3, (low + high) / 2 + 1e-3)
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.4f}" if high - low < 0.02 else f"{v:.3f}"))
 
     handles = []
     for k, (run, label) in enumerate(zip(runs, labels)):
