@@ -154,7 +154,10 @@ def test_command_line(tmp_path):
     assert "artifact_bytes" in table.stdout and "15,800,017" in table.stdout
     bad = tool("parse_log.py", tmp_path / "nope.log", "--json")
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "nope.log" in bad.stderr and not bad.stdout
-    assert "--json" in tool("parse_log.py", "--help").stdout
+    for name in ("parse_log.py", "plot_log.py", "compare.py", "make_record.py"):
+        bad = tool(name)
+        assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "required" in bad.stderr
+        assert "--json" in tool(name, "--help").stdout
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the published logs are not beside the repository")

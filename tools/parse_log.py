@@ -424,9 +424,16 @@ def fail(message: str, code: int = 2):
     raise SystemExit(code)
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Without the usage lines that argparse puts before an error."""
+
+    def error(self, message):
+        fail(f"{message} (see --help)")
+
+
 def arguments(doc: str) -> argparse.ArgumentParser:
     """A parser whose --help is the tool's own docstring."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def run_tool(main) -> None:
