@@ -886,6 +886,21 @@ def softcap_ce_reference(logits_NV: Tensor, targets_N: Tensor, cap: float) -> Te
     return F.cross_entropy(cap * torch.tanh(logits_NV.float() / cap), targets_N, reduction="none")
 
 
+def fused_op(schema: str, allocate: Callable, launch: Callable):
+    """A custom operator that torch.compile can see through: allocate(*args) makes the outputs (also on fake tensors),
+    launch(*args, *outputs) fills them."""
+    name = schema.split("(")[0]
+
+    def run(*args):
+        outputs = allocate(*args)
+        launch(*args, *(outputs if isinstance(outputs, tuple) else (outputs,)))
+        return outputs
+
+    op = torch.library.custom_op(f"pgolf::{name}", run, mutates_args=(), schema=schema[len(name):])
+    op.register_fake(allocate)
+    return op
+
+
 if triton is not None:
     @triton.jit
     def softcap_ce_kernel(logits, targets, losses, lse, grad_losses, grad_logits, V, cap,
@@ -915,45 +930,204 @@ if triton is not None:
             tl.store(lse + row, total)
             tl.store(losses + row, total - cap * (2 * tl.sigmoid(2 / cap * x) - 1))
 
-    def _launch_softcap_ce(logits, targets, losses, lse, grad_losses, grad_logits, cap, backward):
+    def launch_softcap_ce(logits, targets, losses, lse, grad_losses, grad_logits, cap, backward):
         n, v = logits.shape
         softcap_ce_kernel[(n,)](logits, targets, losses, lse, grad_losses, grad_logits, v, cap,
                                 BLOCK=min(8192, triton.next_power_of_2(v)), BACKWARD=backward, num_warps=8)
 
-    @torch.library.custom_op("pgolf::softcap_ce", mutates_args=())
-    def _softcap_ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-        logits = logits.contiguous()
-        losses, lse = (torch.empty(len(logits), device=logits.device) for _ in range(2))
-        _launch_softcap_ce(logits, targets, losses, lse, losses, logits, cap, False)
-        return losses, lse
+    softcap_ce_forward = fused_op(
+        "softcap_ce(Tensor logits, Tensor targets, float cap) -> (Tensor, Tensor)",
+        lambda x, y, cap: tuple(x.new_empty(len(x), dtype=torch.float32) for _ in range(2)),
+        lambda x, y, cap, losses, lse: launch_softcap_ce(x, y, losses, lse, losses, x, cap, False))
+    softcap_ce_backward = fused_op(
+        "softcap_ce_backward(Tensor logits, Tensor targets, Tensor lse, Tensor grad, float cap) -> Tensor",
+        lambda x, y, lse, g, cap: torch.empty_like(x),
+        lambda x, y, lse, g, cap, out: launch_softcap_ce(x, y, lse, lse, g.contiguous(), out, cap, True))
 
-    @torch.library.custom_op("pgolf::softcap_ce_backward", mutates_args=())
-    def _softcap_ce_backward(logits: Tensor, targets: Tensor, lse: Tensor, grad_losses: Tensor, cap: float) -> Tensor:
-        logits = logits.contiguous()
-        grad = torch.empty_like(logits)
-        _launch_softcap_ce(logits, targets, lse, lse, grad_losses.contiguous(), grad, cap, True)
-        return grad
-
-    @_softcap_ce_forward.register_fake
-    def _(logits, targets, cap):
-        return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
-
-    @_softcap_ce_backward.register_fake
-    def _(logits, targets, lse, grad_losses, cap):
-        return torch.empty_like(logits)
-
-    def _softcap_ce_save(ctx, inputs, output):
+    def save_softcap_ce(ctx, inputs, output):
         logits, targets, ctx.cap = inputs
         ctx.save_for_backward(logits, targets, output[1])
 
-    _softcap_ce_forward.register_autograd(
-        lambda ctx, grad, _: (_softcap_ce_backward(*ctx.saved_tensors, grad, ctx.cap), None, None), setup_context=_softcap_ce_save)
+    softcap_ce_forward.register_autograd(
+        lambda ctx, grad, _: (softcap_ce_backward(*ctx.saved_tensors, grad, ctx.cap), None, None), setup_context=save_softcap_ce)
 
 
 @kernel(softcap_ce_reference)
 def softcap_ce(logits_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
     """Softcap and cross-entropy in one pass: float32 losses [N]; the softcapped logits are never stored (Triton)."""
-    return _softcap_ce_forward(logits_NV, targets_N, cap)[0]
+    return softcap_ce_forward(logits_NV.contiguous(), targets_N, cap)[0]
+
+
+def qkv_heads_reference(qkv: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Joint projection [B, T, (H + 2K) d] -> q [B, T, H, d] normed, rotated, times its head's gain; k [B, T, K, d]
+    normed and rotated; v [B, T, K, d]. cos, sin: [T, rotated dimensions / 2] of these positions."""
+    B, T, _ = qkv.shape
+    q, k, v = qkv.view(B, T, len(gain_H) + 2 * kv_heads, -1).split((len(gain_H), kv_heads, kv_heads), 2)
+    q = (rotate(norm(q), cos, sin).float() * gain_H[:, None]).to(qkv.dtype)
+    return q, rotate(norm(k), cos, sin), v.contiguous()
+
+
+if triton is not None:
+    @triton.jit
+    def qkv_heads_kernel(qkv, gain, cos, sin, q, k, v, dqkv, dgain, N, T, eps, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+                         WIDE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
+        """BLOCK tokens of one head per program. Forward fills q, k, v; backward reads their gradients there and fills
+        dqkv and each token's share of dgain."""
+        token, slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+        j = tl.arange(0, WIDE)
+        ok = (token < N)[:, None] & (j < D)[None, :]
+        token = token.to(tl.int64)[:, None]
+        source = token * ((H + 2 * K) * D) + slot * D
+        if slot < H:
+            part, at = q, token * (H * D) + slot * D
+        elif slot < H + K:
+            part, at = k, token * (K * D) + (slot - H) * D
+        else:
+            part, at = v, token * (K * D) + (slot - H - K) * D
+        if slot >= H + K:
+            if BACKWARD:
+                tl.store(dqkv + source + j, tl.load(part + at + j, mask=ok), mask=ok)
+            else:
+                tl.store(part + at + j, tl.load(qkv + source + j, mask=ok), mask=ok)
+        else:
+            partner = tl.where(j < HALF, j + HALF, tl.where(j < 2 * HALF, j - HALF, j))[None, :]
+            turn = (token % T) * HALF + tl.where(j < HALF, j, j - HALF)[None, :]
+            rotated = ok & (j < 2 * HALF)[None, :]
+            c = tl.load(cos + turn, mask=rotated, other=1.0)
+            s = tl.load(sin + turn, mask=rotated, other=0.0) * tl.where(j < HALF, 1.0, -1.0)[None, :]
+            x = tl.load(qkv + source + j, mask=ok, other=0.0).to(tl.float32)
+            y = tl.load(qkv + source + partner, mask=ok, other=0.0).to(tl.float32)
+            scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+            x, y = x * scale, y * scale
+            amount = 1.0
+            if slot < H:
+                amount = tl.load(gain + slot)
+            if BACKWARD:
+                g = tl.load(part + at + j, mask=ok, other=0.0).to(tl.float32)
+                h = tl.load(part + at + partner, mask=ok, other=0.0).to(tl.float32)
+                if slot < H:
+                    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+                    tl.store(dgain + row.to(tl.int64) * H + slot, tl.sum(g * (x * c + y * s), 1), mask=row < N)
+                d = amount * (g * c - h * s)
+                d = scale * (d - x * (tl.sum(d * x, 1) / D)[:, None])
+                tl.store(dqkv + source + j, d.to(dqkv.dtype.element_ty), mask=ok)
+            else:
+                tl.store(part + at + j, (amount * (x * c + y * s)).to(part.dtype.element_ty), mask=ok)
+
+    def launch_qkv_heads(qkv, gain, cos, sin, kv_heads, q, k, v, dqkv, dgain, backward):
+        n, heads, d = qkv.shape[0] * qkv.shape[1], len(gain), q.shape[-1]
+        block = 64
+        qkv_heads_kernel[(triton.cdiv(n, block), heads + 2 * kv_heads)](
+            qkv, gain, cos, sin, q, k, v, dqkv, dgain, n, qkv.shape[1], NORM_EPS, H=heads, K=kv_heads, D=d,
+            WIDE=triton.next_power_of_2(d), HALF=cos.shape[1], BLOCK=block, BACKWARD=backward, num_warps=4)
+
+    def allocate_qkv_heads(qkv, gain, cos, sin, kv_heads):
+        B, T, width = qkv.shape
+        d = width // (len(gain) + 2 * kv_heads)
+        return tuple(qkv.new_empty(B, T, count, d) for count in (len(gain), kv_heads, kv_heads))
+
+    qkv_heads_forward = fused_op(
+        "qkv_heads(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, int kv_heads) -> (Tensor, Tensor, Tensor)",
+        allocate_qkv_heads,
+        lambda x, gain, cos, sin, kv, q, k, v: launch_qkv_heads(x, gain, cos, sin, kv, q, k, v, x, gain, False))
+    qkv_heads_backward = fused_op(
+        "qkv_heads_backward(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, int kv_heads, Tensor dq, Tensor dk, Tensor dv)"
+        " -> (Tensor, Tensor)",
+        lambda x, gain, cos, sin, kv, dq, dk, dv: (torch.empty_like(x), gain.new_empty(x.shape[0] * x.shape[1], len(gain))),
+        lambda x, gain, cos, sin, kv, dq, dk, dv, dx, dgain: launch_qkv_heads(
+            x, gain, cos, sin, kv, dq.contiguous(), dk.contiguous(), dv.contiguous(), dx, dgain, True))
+
+    def save_qkv_heads(ctx, inputs, output):
+        *tensors, ctx.kv_heads = inputs
+        ctx.save_for_backward(*tensors)
+
+    def grad_qkv_heads(ctx, *grads):
+        dx, dgain = qkv_heads_backward(*ctx.saved_tensors, ctx.kv_heads, *grads)
+        return dx, dgain.sum(0), None, None, None
+
+    qkv_heads_forward.register_autograd(grad_qkv_heads, setup_context=save_qkv_heads)
+
+
+@kernel(qkv_heads_reference)
+def qkv_heads(qkv: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One kernel for norms, rotary embedding and gain of all heads, and one for their gradients (Triton)."""
+    return qkv_heads_forward(qkv.contiguous(), gain_H, cos, sin, kv_heads)
+
+
+def gated_heads_reference(y_BTHd: Tensor, v_BTKd: Tensor, z_BTH: Tensor, xsa: bool, scale: float, factor: float) -> Tensor:
+    """Attention output without its own value's direction (if xsa), times factor * sigmoid(scale * z) per head."""
+    y = remove_own_value(y_BTHd, v_BTKd) if xsa else y_BTHd
+    return (y.float() * (factor * torch.sigmoid(z_BTH.float() * scale))[..., None]).to(y_BTHd.dtype)
+
+
+if triton is not None:
+    @triton.jit
+    def gated_heads_kernel(y, v, z, out, dy, dv, dz, N, scale, factor, G: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+                           WIDE: tl.constexpr, XSA: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
+        """BLOCK tokens of one key/value group per program. Backward reads the gradient of the output in `out`."""
+        token, group = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64), tl.program_id(1)
+        j = tl.arange(0, WIDE)[None, :]
+        ok = (token < N)[:, None] & (j < D)
+        at_v = token[:, None] * (K * D) + group * D + j
+        length = tl.zeros((BLOCK, 1), tl.float32)
+        unit = tl.zeros((BLOCK, WIDE), tl.float32)
+        if XSA:
+            unit = tl.load(v + at_v, mask=ok, other=0.0).to(tl.float32)
+            length = tl.maximum(tl.sqrt(tl.sum(unit * unit, 1)), 1e-12)[:, None]
+            unit = unit / length
+        dunit = tl.zeros((BLOCK, WIDE), tl.float32)
+        for g in tl.static_range(G):
+            head = group * G + g
+            at = (token[:, None] * (K * G) + head) * D + j
+            at_z = token * (K * G) + head
+            x = tl.load(y + at, mask=ok, other=0.0).to(tl.float32)
+            along = tl.sum(x * unit, 1)[:, None]
+            kept = x - along * unit
+            s = tl.sigmoid(scale * tl.load(z + at_z, mask=token < N, other=0.0).to(tl.float32))[:, None]
+            if BACKWARD:
+                d = tl.load(out + at, mask=ok, other=0.0).to(tl.float32)
+                ds = tl.sum(d * kept, 1)[:, None] * factor * scale * s * (1 - s)
+                tl.store(dz + at_z[:, None], ds.to(dz.dtype.element_ty), mask=(token < N)[:, None])
+                d = d * (factor * s)
+                d_along = tl.sum(d * unit, 1)[:, None]
+                tl.store(dy + at, (d - d_along * unit).to(dy.dtype.element_ty), mask=ok)
+                dunit -= d_along * x + along * d
+            else:
+                tl.store(out + at, (kept * (factor * s)).to(out.dtype.element_ty), mask=ok)
+        if BACKWARD and XSA:
+            dunit = (dunit - tl.sum(dunit * unit, 1)[:, None] * unit) / length
+            tl.store(dv + at_v, dunit.to(dv.dtype.element_ty), mask=ok)
+
+    def launch_gated_heads(y, v, z, xsa, scale, factor, out, dy, dv, dz, backward):
+        B, T, H, d = y.shape
+        block, kv = 32, v.shape[2]
+        gated_heads_kernel[(triton.cdiv(B * T, block), kv)](
+            y, v, z, out, dy, dv, dz, B * T, scale, factor, G=H // kv, K=kv, D=d, WIDE=triton.next_power_of_2(d), XSA=xsa,
+            BLOCK=block, BACKWARD=backward, num_warps=4)
+
+    gated_heads_forward = fused_op(
+        "gated_heads(Tensor y, Tensor v, Tensor z, bool xsa, float scale, float factor) -> Tensor",
+        lambda y, v, z, xsa, scale, factor: torch.empty_like(y),
+        lambda y, v, z, xsa, scale, factor, out: launch_gated_heads(y, v, z, xsa, scale, factor, out, y, v, z, False))
+    gated_heads_backward = fused_op(
+        "gated_heads_backward(Tensor y, Tensor v, Tensor z, bool xsa, float scale, float factor, Tensor grad) -> (Tensor, Tensor, Tensor)",
+        lambda y, v, z, xsa, scale, factor, grad: (torch.empty_like(y), torch.empty_like(v) if xsa else torch.zeros_like(v),
+                                                   torch.empty_like(z)),
+        lambda y, v, z, xsa, scale, factor, grad, dy, dv, dz: launch_gated_heads(
+            y, v, z, xsa, scale, factor, grad.contiguous(), dy, dv, dz, True))
+
+    def save_gated_heads(ctx, inputs, output):
+        y, v, z, *ctx.options = inputs
+        ctx.save_for_backward(y, v, z)
+
+    gated_heads_forward.register_autograd(
+        lambda ctx, grad: (*gated_heads_backward(*ctx.saved_tensors, *ctx.options, grad), None, None, None), setup_context=save_gated_heads)
+
+
+@kernel(gated_heads_reference)
+def gated_heads(y_BTHd: Tensor, v_BTKd: Tensor, z_BTH: Tensor, xsa: bool, scale: float, factor: float) -> Tensor:
+    """XSA and head gate in one kernel, all their gradients in another (Triton)."""
+    return gated_heads_forward(y_BTHd.contiguous(), v_BTKd.contiguous(), z_BTH.contiguous(), xsa, scale, factor)
 
 
 # ======================================================================================================================
@@ -1007,9 +1181,7 @@ class Adapters(NamedTuple):
 
 class Layer(NamedTuple):
     """One layer's tensors, matrices in the compute precision, and the skip that enters this pass (or None)."""
-    q: Tensor               # [D, D]
-    k: Tensor               # [K*hd, D]
-    v: Tensor
+    qkv: Tensor             # [(H + 2K) d, D]: one product for queries, keys and values
     o: Tensor               # [D, D]
     up: Tensor              # [M, D]
     down: Tensor            # [D, M]
@@ -1143,20 +1315,18 @@ class PassShape(NamedTuple):
 def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: PassAdapters, tap) -> Tensor:
     """Gated, document-masked attention of the normed input n [B, T, D] -> [B, T, D], output projection included."""
     B, T, D = n.shape
-    heads = lambda x, count: x.view(B, T, count, -1)
-    q_flat = linear(n, w.q, adapter.q)
-    q = heads(q_flat, shape.heads)
-    k = heads(linear(n, w.k, adapter.k), shape.kv_heads)
-    v = heads(linear(n, w.v, adapter.v), shape.kv_heads)
-    q = (rotate(norm(q), *rope).float() * w.q_gain[:, None]).to(n.dtype)
-    y = ATTENTION[shape.attention](q, rotate(norm(k), *rope), v, segments)
-    if shape.xsa:
-        y = remove_own_value(y, v)
+    qkv = linear(n, w.qkv)
+    if adapter.q or adapter.k or adapter.v:
+        widths = (D, *[(qkv.shape[-1] - D) // 2] * 2)
+        qkv = qkv + torch.cat([a(n) if a else n.new_zeros(B, T, width) for a, width in zip(adapter[:3], widths)], -1)
+    q, k, v = qkv_heads(qkv, w.q_gain, *rope, shape.kv_heads)
+    y = ATTENTION[shape.attention](q, k, v, segments)
     if w.gate is not None:
-        source = q_flat if shape.gate_kind == "out_proj" else n
-        z = F.linear(source[..., : w.gate.shape[1]], w.gate.to(n.dtype)).float()
-        gate = 2 * torch.sigmoid(z) if shape.gate_kind.startswith("out") else torch.sigmoid(z * shape.gate_scale)
-        y = (y.float() * gate[..., None]).to(n.dtype)
+        source = qkv if shape.gate_kind == "out_proj" else n
+        z = F.linear(source[..., : w.gate.shape[1]], w.gate.to(n.dtype))
+        y = gated_heads(y, v, z, shape.xsa, shape.gate_scale, 2.0 if shape.gate_kind.startswith("out") else 1.0)
+    elif shape.xsa:
+        y = remove_own_value(y, v)
     y = y.reshape(B, T, D)
     if tap:
         tap("attn", n)
@@ -1280,9 +1450,10 @@ class GPT(nn.Module):
         """Per-layer views. Casting a whole bank and unbinding it once keeps its gradient one tensor."""
         L = self.config.num_layers
         split = lambda p: (None,) * L if p is None else p.unbind(0)
-        cast = lambda bank: bank.to(self.dtype).unbind(0)
+        cast = lambda bank: bank.to(self.dtype)
         qo, kv = cast(self.qo_bank), cast(self.kv_bank)
-        rows = zip(qo[:L], kv[:L], kv[L:], qo[L:], cast(self.mlp_up_bank), cast(self.mlp_down_bank),
+        rows = zip(torch.cat((qo[:L], kv[:L], kv[L:]), 1).unbind(0), qo[L:].unbind(0),
+                   cast(self.mlp_up_bank).unbind(0), cast(self.mlp_down_bank).unbind(0),
                    *map(split, (self.q_gain, self.attn_gate_w, self.attn_scale, self.mlp_scale, self.resid_mix,
                                 self.depth_scale, self.parallel_resid_lambdas, self.parallel_post_lambdas)))
         return [Layer(*row) for row in rows]
