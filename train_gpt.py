@@ -200,6 +200,7 @@ class Config:
     ttt_chunk_by_length: str = knob("", "chunks of shorter documents, as longest:chunk,... (PR 2014: 256:8,2000:24)")
     ttt_eval_seq_len: int = knob(2048, "longest context", at_least=2)
     ttt_batch_size: int = knob(64, "documents in a batch", at_least=1)
+    ttt_micro_tokens: int = knob(32768, "published: most positions in one forward and backward", at_least=1)
     ttt_grad_steps: int = knob(1, "updates a chunk", at_least=1)
     ttt_weight_decay: float = knob(0.5, "adapter weight decay", at_least=0)
     ttt_beta1: float = knob(0.0, "adapter AdamW", at_least=0, at_most=1)
@@ -3079,17 +3080,16 @@ class DocumentAdapters:
             if p in state:
                 self.optimizer.state[q] = {key: cut(t) if t.ndim == q.ndim else t for key, t in state[p].items()}
 
-    def build(self, caps: Tensor | None) -> Adapters:
-        """The forward's argument. Casting a whole stack and unbinding it once keeps its gradient one tensor."""
-        cast = lambda t: t.to(self.dtype).unbind(0)
+    def build(self, rows: slice, caps: Tensor | None) -> Adapters:
+        """The forward's argument for some rows. Casting a whole stack and unbinding it once keeps its gradient one tensor."""
+        cast = lambda t: t[:, rows].to(self.dtype).unbind(0)
         scale = self.c.ttt_lora_alpha / self.c.ttt_lora_rank
         loras = {kind: [LoRA(a, b, scale) for a, b in zip(cast(self.a[kind]), cast(self.b[kind]))] for kind in self.a}
         head = loras.pop("head", [None])[0]
         passes = tuple(PassAdapters(**{kind: per_slot[i] for kind, per_slot in loras.items()}) for i in range(self.slots))
         return Adapters(passes, head, caps)
 
-    def step(self, loss: Tensor):
-        loss.backward()
+    def step(self):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -3129,38 +3129,50 @@ class Reader:
             if self.cache:
                 self.cache.rows = rows
         self.teaches = bool(self.adapters.shapes) and bool((self.sizes > first + self.chunk).any())
-        self.losses = self.forward(chunk)
+        losses = self.forward(chunk)
         ended = first + torch.arange(self.chunk, device=self.ids.device) >= self.lengths[: self.rows, None]
-        return self.losses.detach().masked_fill(ended, 0.0)
+        return losses.masked_fill(ended, 0.0)
 
     def adapt(self, chunk: int):
         """Update the adapters of the documents that go on with the mean loss of the chunk just banked."""
-        goes_on = self.lengths[: self.rows] > (chunk + 1) * self.chunk
         for i in range(self.c.ttt_grad_steps if self.teaches else 0):
-            losses = self.losses if i == 0 else self.forward(chunk)
-            self.adapters.step(torch.where(goes_on, losses.mean(1), 0.0).sum())
-        self.losses = None
+            if i:
+                self.forward(chunk)
+            self.adapters.step()
         if self.cache:
             live = max((chunk + 1) * self.chunk - self.c.ttt_live_tokens, 0)
             if live > self.cache.position:
                 self.cache.advance(live - self.cache.position)
 
     def forward(self, chunk: int) -> Tensor:
-        first, last = chunk * self.chunk, (chunk + 1) * self.chunk
-        targets, inside = self.ids[: self.rows, first + 1: last + 1], torch.arange(self.chunk, device=self.ids.device)
+        """Losses of the chunk's targets, detached; their gradient waits in the adapters, which nothing changes here.
+
+        Rows do not touch each other, so that a long window can be read by some of them at a time.
+        """
+        first, last, device = chunk * self.chunk, (chunk + 1) * self.chunk, self.ids.device
+        targets, inside = self.ids[: self.rows, first + 1: last + 1], torch.arange(self.chunk, device=device)
         if self.cache:
             live = self.cache.position
             ids, at = self.ids[: self.rows, max(live - 1, 0): last], (first - live + inside).expand(self.rows, -1)
+            parts = 1
         else:
-            sizes = self.sizes[: self.rows]
-            ends = np.minimum(last, sizes)
-            starts = np.maximum(ends - self.c.ttt_eval_seq_len, 0)
-            width = int((ends - starts).max())
-            starts = torch.from_numpy(starts).to(self.ids.device)[:, None]
-            ids = self.ids[: self.rows].gather(1, (starts + torch.arange(width, device=starts.device)).clamp(max=self.ids.shape[1] - 1))
+            longest = self.c.ttt_eval_seq_len
+            ends = np.minimum(last, self.sizes[: self.rows])
+            width = int((ends - np.maximum(ends - longest, 0)).max())
+            starts = (self.lengths[: self.rows, None].clamp(max=last) - longest).clamp(min=0)
+            ids = self.ids[: self.rows].gather(1, (starts + torch.arange(width, device=device)).clamp(max=self.ids.shape[1] - 1))
             at = (first - starts + inside).clamp(0, width - 1)
-        with torch.set_grad_enabled(self.teaches or self.model.compiled):      # compiled: the same graphs for last chunks
-            return self.model.losses(ids, targets, adapters=self.adapters.build(self.caps), cache=self.cache, at_BC=at)
+            parts = -(-self.rows // max(self.c.ttt_micro_tokens // width, 1))
+        goes_on, out = self.lengths[: self.rows] > last, []
+        for i in range(parts):
+            some = slice(self.rows * i // parts, self.rows * (i + 1) // parts)
+            with torch.set_grad_enabled(self.teaches or self.model.compiled):       # compiled: the same graphs for last chunks
+                losses = self.model.losses(ids[some], targets[some], adapters=self.adapters.build(some, self.caps), cache=self.cache,
+                                           at_BC=at[some])
+                if self.teaches:
+                    torch.where(goes_on[some], losses.mean(1), 0.0).sum().backward()
+            out.append(losses.detach())
+        return torch.cat(out)
 
 
 @contextlib.contextmanager

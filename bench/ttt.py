@@ -25,8 +25,8 @@ import torch
 import train_gpt as tg
 
 # chunk, live tokens, learning rate
-GRID = [(48, 48, 2e-4), (48, 48, 3e-4), (48, 48, 4e-4), (32, 32, 2e-4), (32, 32, 3e-4), (24, 24, 1.5e-4), (24, 24, 2e-4),
-        (24, 48, 2e-4), (48, 0, 2e-4)]
+GRID = [(48, 48, 3e-4), (48, 48, 4e-4), (48, 48, 5e-4), (48, 96, 3e-4), (48, 96, 4e-4), (32, 32, 3e-4), (32, 64, 3e-4), (24, 48, 2e-4),
+        (24, 48, 3e-4), (64, 64, 4e-4), (48, 0, 2e-4)]
 
 
 def arguments():
@@ -38,9 +38,9 @@ def arguments():
     p.add_argument("--bytes-per-token", type=float, default=3.7)
     p.add_argument("--documents", type=int, default=1024)
     p.add_argument("--published-documents", type=int, default=0, help="read only so many with the published protocol (0: all)")
-    p.add_argument("--tune-documents", type=int, default=256)
+    p.add_argument("--tune-documents", type=int, default=288)
     p.add_argument("--longest", type=int, default=0, help="cut documents to so many tokens (0: no)")
-    p.add_argument("--batch", type=int, default=128, help="documents in a batch, cached protocol")
+    p.add_argument("--batch", type=int, default=96, help="documents in a batch, cached protocol")
     p.add_argument("--published-batch", type=int, default=64)
     p.add_argument("--setting", help="chunk,live,lr: no search")
     p.add_argument("--rank", type=int, default=56)
@@ -49,6 +49,7 @@ def arguments():
     p.add_argument("--compile", type=int, default=0, help="1: both protocols compiled; 2: only the published one")
     p.add_argument("--only", choices=("published", "fast"), help="one protocol only")
     p.add_argument("--seconds", type=float, default=290, help="leave out what is left of the search when it would take longer")
+    p.add_argument("--windows", action="store_true", help="also plain evaluation with windowed attention and with a sliding window")
     p.add_argument("--profile", help="file for a table of the cached protocol's kernels (torch.profiler)")
     p.add_argument("--json", help="file for the result")
     return p.parse_args()
@@ -95,9 +96,9 @@ class Bench:
         log = tg.Log(None, quiet=True)
         return tg.Run(config, self.world, log, tg.Ledger(log, self.world, 0), Path("."))
 
-    def plain(self, data: tg.Validation) -> tg.Score:
+    def plain(self, data: tg.Validation, **how) -> tg.Score:
         with tg.compiling(self.model, False):
-            return tg.evaluate(self.run(self.configure()), self.model, data, "plain")
+            return tg.evaluate(self.run(self.configure()), self.model, data, "plain", **how)
 
     def protocol(self, data: tg.Validation, **settings) -> tg.Score:
         config = self.configure(**settings)
@@ -161,6 +162,11 @@ def main():
               f"{1000 * (base.bpb - score.bpb):>17.3f} {gb:>6.1f}   [{b.elapsed():.0f} s]", flush=True)
 
     row("plain", plain, plain)
+    if a.windows:
+        for name in ("windowed", "sliding"):
+            score = b.plain(data, **{name: True})
+            row(f"plain, {name}", score, plain)
+            out.update({f"{name}_bpb": score.bpb, f"{name}_seconds": score.seconds, "plain_seconds": plain.seconds})
     if a.only != "published":
         if a.setting or not a.tune_documents:
             chunk, live, lr = (a.setting or "48,48,3e-4").split(",")

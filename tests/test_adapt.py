@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import train_gpt as tg
 
 PROTOCOLS = {
-    "published": {},
+    "published": dict(TTT_MICRO_TOKENS=100),
     "published, two steps a chunk, SGD": dict(TTT_GRAD_STEPS=2, TTT_OPTIMIZER="sgd", TTT_BETA1=0.5, TTT_LORA_LR=1),
     "published, A anew, no K": dict(TTT_WARM_START_A=0, TTT_K_LORA=0, ASYM_LOGIT_RESCALE=1),
     "cached": dict(TTT_PROTOCOL="cached"),
@@ -177,16 +177,19 @@ def test_a_document_that_goes_wrong_is_scored_without_adapters():
     """Non-finite losses of one document: it alone falls back, and its row's A is not kept."""
     run, model = toy.setting(PHASED_TTT_ENABLED=0)
     victim = DOCUMENTS[6]
-    original = tg.Reader.forward
+    original = tg.DocumentAdapters.step
 
-    def forward(self, chunk):
-        losses = original(self, chunk)
-        return losses * torch.where(self.lengths[: self.rows, None] == int(victim[1]), float("nan"), 1.0) if chunk >= 2 else losses
+    def step(self):
+        """The second update spoils the longest document's adapter."""
+        original(self)
+        self.count = getattr(self, "count", 0) + 1
+        if self.count == 2:
+            self.b["q"].data[:, 0] = float("nan")
     try:
-        tg.Reader.forward = forward
+        tg.DocumentAdapters.step = step
         score, banked, _, lines = toy.adapt(DATA, run, model)
     finally:
-        tg.Reader.forward = original
+        tg.DocumentAdapters.step = original
     assert any(line.startswith(f"ttt_non_finite: document at token {victim[0]}") for line in lines)
     assert np.isfinite(score.loss) and score.tokens == len(DATA.tokens) - 1
     expected = toy.adapt(DATA, PHASED_TTT_ENABLED=0)[1]
@@ -242,6 +245,12 @@ def test_log_lines_of_the_challenge():
     assert any(line.startswith("tttg: c1/4 lr:0.100000 t:") for line in lines)
 
 
+def test_micro_batches_of_rows_change_nothing():
+    whole = toy.adapt(DATA)[1]
+    for tokens in (1, 70, 100):
+        np.testing.assert_allclose(toy.adapt(DATA, TTT_MICRO_TOKENS=tokens)[1], whole, atol=1e-4)
+
+
 def test_global_pass_follows_the_formula():
     """One step against SGD by hand: mean loss of the chunk in document segments, clipped, cosine from the full rate."""
     run, model = toy.setting(GLOBAL_TTT_CHUNK_TOKENS=96, GLOBAL_TTT_LR=0.3, GLOBAL_TTT_GRAD_CLIP=0.5, GLOBAL_TTT_BATCH_SEQS=8)
@@ -270,10 +279,11 @@ def test_adapted_batch_equals_packed_row():
         packed = model.losses(batch.ids, batch.targets, batch.segments)
         adapters = tg.DocumentAdapters(model, 1, 0)
         adapters.begin(1)
-        rows = model.losses(ids[:, :-1], ids[:, 1:], adapters=adapters.build(None))
+        rows = model.losses(ids[:, :-1], ids[:, 1:], adapters=adapters.build(slice(None), None))
         cache, parts = tg.KeyValueCache(model, 1, 64), []
         for a, b in ((0, 7), (7, 8), (8, 40), (40, 60)):
-            parts.append(model.losses(ids[:, max(a - 1, 0): b], ids[:, a + 1: b + 1], adapters=adapters.build(None), cache=cache))
+            untouched = adapters.build(slice(None), None)
+            parts.append(model.losses(ids[:, max(a - 1, 0): b], ids[:, a + 1: b + 1], adapters=untouched, cache=cache))
             cache.advance(b - a)
     torch.testing.assert_close(rows, packed, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.cat(parts, 1), packed, rtol=1e-5, atol=1e-5)
