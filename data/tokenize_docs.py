@@ -319,7 +319,7 @@ class ShardWriter:
 class Output:
     """The output folder: what has been completed so far, and the shards being written.
 
-    state: "lines", the first line that is in no complete shard; "files", per name entries, documents, bytes and SHA-256;
+    state: "lines", the first line that is in no complete shard; "files", per name the entries, documents, bytes, SHA-256;
     and how many documents were left out or changed.
     """
 
@@ -539,7 +539,8 @@ def main() -> int:
         print(f"{args.out}: complete already")
         return 0
     if output.state["lines"]:
-        print(f"{args.out}: going on after line {output.state['lines']:,} ({len(output.state['files'])} complete files)")
+        complete = len(output.state["files"])
+        print(f"{args.out}: going on after line {output.state['lines']:,}, {complete} files are complete")
 
     start = time.perf_counter()
     model = args.out / "tokenizer.model"
