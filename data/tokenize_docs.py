@@ -319,8 +319,8 @@ class ShardWriter:
 class Output:
     """The output folder: what has been completed so far, and the shards being written.
 
-    state: "lines", the first line that is in no complete shard; "files", per name the entries, documents, bytes, SHA-256;
-    and how many documents were left out or changed.
+    state: "lines", the first line that is in no complete shard; "files", per name the entries, documents, bytes and
+    SHA-256; and how many documents were left out or changed.
     """
 
     def __init__(self, folder: Path, settings: dict, shard_tokens: int):

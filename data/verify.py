@@ -4,8 +4,8 @@
 
 Reads every token of every shard and prints a table and a verdict. Checked: headers and sizes; shard numbers without
 gaps; SHA-256 against a manifest.json in the folder; ids below the vocabulary's size; BOS at the start of every
-document; documents without tokens; the byte sidecar's length, its zeros at BOS and its counts against the tokenizer's pieces;
-validation documents that are also training documents (a published trap: a script that keeps 10,000 validation
+document; documents without tokens; the byte sidecar's length, its zeros at BOS and its counts against the tokenizer's
+pieces; validation documents that are also training documents (a published trap: a script that keeps 10,000 validation
 documents puts four fifths of the challenge's 50,000 into training); the number of validation documents.
 
 A training shard may begin in the middle of a document that the shard before it began (the published ones do): the two
