@@ -84,15 +84,14 @@ class Hub:
     """One data set repository at one commit. Raises DataError, in one line, for whatever the hub answers."""
 
     def __init__(self, repo: str, tries: int, wait: float):
-        import huggingface_hub  # here, so that --help needs half a second less
+        from huggingface_hub import HfApi, constants, utils  # here, so that --help does without it
 
-        self.hub, self.repo, self.tries, self.wait = huggingface_hub, repo, tries, wait
-        self.endpoint = huggingface_hub.constants.ENDPOINT
-        huggingface_hub.utils.logging.set_verbosity_error()  # its warnings on each retry; ours is one line
-        huggingface_hub.utils.disable_progress_bars()
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
+        self.repo, self.tries, self.wait, self.endpoint = repo, tries, wait, constants.ENDPOINT
+        utils.logging.set_verbosity_error()  # its warnings on each retry; ours is one line
+        utils.disable_progress_bars()
+        if constants.HF_HUB_OFFLINE:
             raise DataError(f"HF_HUB_OFFLINE is set, and {repo} has to be fetched: unset it where there is a network")
-        info = self.again(repo, lambda: huggingface_hub.HfApi().dataset_info(repo, files_metadata=True))
+        info = self.again(repo, lambda: HfApi().dataset_info(repo, files_metadata=True))
         self.commit = info.sha
         self.files = {}
         for entry in info.siblings or []:
@@ -109,6 +108,8 @@ class Hub:
 
         The wait doubles each time; a 429's or 503's Retry-After is obeyed where it is longer.
         """
+        from huggingface_hub.errors import HfHubHTTPError
+
         try:
             import httpx2 as httpx  # huggingface_hub 2
         except ImportError:
@@ -118,9 +119,7 @@ class Hub:
         for attempt in range(1, self.tries + 1):
             try:
                 return action()
-            except self.hub.errors.OfflineModeIsEnabled as e:
-                raise DataError(f"{what}: {e}") from None
-            except self.hub.errors.HfHubHTTPError as e:
+            except HfHubHTTPError as e:
                 status = e.response.status_code
                 if status not in (408, 429) and status < 500:
                     raise DataError(self.refusal(what, status)) from None
@@ -149,10 +148,12 @@ class Hub:
 
     def get(self, file: RemoteFile, stream, have: int = 0) -> None:
         """Append a file's bytes from `have` on to the stream. Raises what huggingface_hub does."""
+        from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers
 
-        url = self.hub.hf_hub_url(self.repo, file.path, repo_type="dataset", revision=self.commit)
-        http_get(url, stream, resume_size=have, headers=self.hub.utils.build_hf_headers(), expected_size=file.size)
+        url = hf_hub_url(self.repo, file.path, repo_type="dataset", revision=self.commit)
+        http_get(url, stream, resume_size=have, headers=build_hf_headers(), expected_size=file.size)
 
     def read_json(self, path: str) -> dict:
         """A JSON object of the repository. Raises DataError if it is none."""
