@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from caseops import CONTROLS, encode, piece_byte_counts, without_markers
+from caseops import CONTROLS, encode, keeps_leading_space, piece_byte_counts, without_markers
 from shards import (
     BOS_ID,
     HEADER_BYTES,
@@ -223,7 +223,7 @@ def start_worker(model: Path, caseops: bool, parent: int | None) -> None:
 
         threading.Thread(target=watch, daemon=True).start()
     sp = load_tokenizer(model, caseops)
-    _worker.update(sp=sp, caseops=caseops, leading_space=sp.decode(sp.encode(" a")) == " a")
+    _worker.update(sp=sp, caseops=caseops, leading_space=keeps_leading_space(sp))
 
 
 def tokenize_batch(batch: Batch, with_bytes: bool) -> tuple[list[Document], np.ndarray, np.ndarray | None]:

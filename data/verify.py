@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from caseops import CONTROLS, piece_byte_counts
+from caseops import CONTROLS, keeps_leading_space, piece_byte_counts
 from shards import BOS_ID, DataError, list_shards, read_shard, run, sha256_file, sidecar_name
 
 CHALLENGE_VAL_DOCS = 50_000
@@ -60,7 +60,7 @@ class Vocabulary:
             raise DataError(f"{path}: not a SentencePiece model ({getattr(e, 'strerror', None) or e})") from e
         self.size = self.sp.vocab_size()
         self.caseops = all(self.sp.piece_to_id(c) != self.sp.unk_id() for c in CONTROLS)
-        self.leading_space = self.sp.decode(self.sp.encode(" a")) == " a"
+        self.leading_space = keeps_leading_space(self.sp)
         pieces = self.sp.id_to_piece(list(range(self.size)))
         self.bytes = np.array([piece_byte_counts([p], leading_space=True)[0] for p in pieces], dtype=np.int64)
         self.begins_with_space = np.array([p.startswith("▁") for p in pieces])
