@@ -531,7 +531,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     lock = open(args.out / ".lock", "w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, workers do not inherit and outlive it
     except OSError:
         raise DataError(f"{args.out}: another tokenize_docs.py is writing there") from None
     output = Output(args.out, settings, args.shard_tokens)

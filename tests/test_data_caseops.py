@@ -13,7 +13,7 @@ from caseops import ALLCAPS, CAPNEXT, ESC, TITLE, CaseOpsError, decode, encode, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-EXAMPLES = int(os.environ.get("DATA_EXAMPLES", 3000))
+EXAMPLES = int(os.environ.get("DATA_EXAMPLES", 10_000))
 T, A, C, E = TITLE, ALLCAPS, CAPNEXT, ESC
 
 # Letters, markers, and characters that case mapping or normalisation treats specially.
@@ -199,7 +199,7 @@ def tokenizer(request):
     return request.param, sp, caseops.keeps_leading_space(sp)
 
 
-@settings(max_examples=EXAMPLES // 6, deadline=None)
+@settings(max_examples=EXAMPLES // 20, deadline=None)
 @given(text=nasty_text)
 def test_bytes_add_up(tokenizer, text):
     name, sp, leading_space = tokenizer
