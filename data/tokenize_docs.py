@@ -304,16 +304,27 @@ class ShardWriter:
         self.file.write(bytes(HEADER_BYTES))
 
     def append(self, values: np.ndarray) -> None:
-        self.file.write(values.tobytes())
+        with self.naming():
+            self.file.write(values.tobytes())
         self.entries += len(values)
 
     def commit(self) -> None:
-        self.file.seek(0)
-        self.file.write(header(self.entries))
-        self.atomic.__exit__(None, None, None)
+        with self.naming():
+            self.file.seek(0)
+            self.file.write(header(self.entries))
+            self.atomic.__exit__(None, None, None)
+
+    @contextlib.contextmanager
+    def naming(self):
+        """Errors of the disk, when it is full say, name the shard."""
+        try:
+            yield
+        except OSError as e:
+            raise DataError(f"{self.path}: cannot be written ({e.strerror or e})") from e
 
     def abandon(self) -> None:
-        self.atomic.__exit__(DataError, None, None)
+        with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
+            self.atomic.__exit__(DataError, None, None)
 
 
 class Output:

@@ -297,14 +297,19 @@ def test_dead_worker_is_one_line(data_sample):
         list(stream)
 
 
-def test_full_disk_is_one_line_and_leaves_nothing(docs, data_sample, data_run, tmp_path):
+def test_full_disk_is_one_line_and_can_be_gone_on_from(docs, data_sample, data_run, tmp_path):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-    out = tmp_path / "out"
-    result = data_run("tokenize_docs.py", "--docs", docs, "--tokenizer", data_sample / "tokenizer.model",
-                      "--out", out, "--val-docs", 40, preexec_fn=limit)  # fmt: skip
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    common = ["--docs", docs, "--tokenizer", data_sample / "tokenizer.model", "--val-docs", 40]
+    result = data_run("tokenize_docs.py", *common, "--out", out, preexec_fn=limit)
     assert result.returncode == 2
-    assert "File too large" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
-    assert not list(out.glob("fineweb_*")) and not list(out.glob(".*.tmp"))
+    last = result.stderr.splitlines()[-1]
+    assert last == f"error: {out / 'fineweb_train_000000.bin'}: cannot be written (File too large)"
+    assert "Traceback" not in result.stderr
+    assert [p.name for p in out.glob("fineweb_*")] == ["fineweb_val_000000.bin"] and not list(out.glob(".*.tmp"))
+    assert data_run("tokenize_docs.py", *common, "--out", out).returncode == 0
+    assert data_run("tokenize_docs.py", *common, "--out", whole).returncode == 0
+    assert contents(out) == contents(whole)
 
 
 def test_memory_does_not_grow_with_the_corpus(data_sample, tmp_path):
