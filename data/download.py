@@ -315,7 +315,10 @@ def fetch(hub: Hub, file: RemoteFile, parts: Path, bar, stop: threading.Event) -
             os.fsync(raw.fileno())
 
     for last in (False, True):
-        hub.again(name, download)
+        try:
+            hub.again(name, download)
+        except OSError as e:
+            raise DataError(f"{part}: cannot be written ({e.strerror or e}); it is resumed next time") from e
         found = checksum(part, file.kind)
         if found == file.checksum:
             break
