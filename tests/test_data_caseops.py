@@ -13,7 +13,7 @@ from caseops import ALLCAPS, CAPNEXT, ESC, TITLE, CaseOpsError, decode, encode, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-EXAMPLES = int(os.environ.get("DATA_EXAMPLES", 10_000))
+EXAMPLES = int(os.environ.get("DATA_EXAMPLES", 6000))
 T, A, C, E = TITLE, ALLCAPS, CAPNEXT, ESC
 
 # Letters, markers, and characters that case mapping or normalisation treats specially.

@@ -1,10 +1,11 @@
 """The shard format and the sample set."""
 
-import json
+import shutil
 import struct
 
 import numpy as np
 import pytest
+import sample
 import sentencepiece as spm
 import shards
 from caseops import decode, without_markers
@@ -120,20 +121,30 @@ def test_sample_sidecar_and_same_text(data_sample, data_sample_caseops):
 
 def test_sample_is_deterministic_and_skips_work(data_sample, data_run, tmp_path):
     out = tmp_path / "again"
-    assert data_run("sample.py", "--out", out, "--vocab-size", 512).returncode == 0
-    assert json.loads((out / "manifest.json").read_text())["vocab_size"] == 512
-    assert spm.SentencePieceProcessor(model_file=str(out / "tokenizer.model")).vocab_size() == 512
-    # Other arguments are noticed, and the result is that of the other folder.
-    assert "up to date" not in data_run("sample.py", "--out", out).stdout
+    result = data_run("sample.py", "--out", out)
+    assert result.returncode == 0 and "up to date" not in result.stdout
     contents = {p.name: p.read_bytes() for p in data_sample.iterdir()}
     assert {p.name: p.read_bytes() for p in out.iterdir()} == contents
     stamps = {p: p.stat().st_mtime_ns for p in out.iterdir()}
     assert data_run("sample.py", "--out", out).stdout == f"{out}: up to date\n"
     assert stamps == {p: p.stat().st_mtime_ns for p in out.iterdir()}
-    # So is a damaged file.
-    (out / "fineweb_val_000000.bin").write_bytes(contents["fineweb_val_000000.bin"][:-2])
-    assert "up to date" not in data_run("sample.py", "--out", out).stdout
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == contents
+
+
+def test_sample_that_does_not_match_is_made_again(data_sample, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(data_sample, out)
+    described = sample.describe(1024, False)
+    assert sample.up_to_date(out, described)
+    for other in (sample.describe(512, False), sample.describe(1024, True), {**described, "python": "CPython 2.7"}):
+        assert not sample.up_to_date(out, other)
+    for name in ("fineweb_val_000000.bin", "tokenizer.model", "manifest.json"):
+        whole = (out / name).read_bytes()
+        (out / name).write_bytes(whole[:-2])
+        assert not sample.up_to_date(out, described), name
+        (out / name).unlink()
+        assert not sample.up_to_date(out, described), name
+        (out / name).write_bytes(whole)
+    assert sample.up_to_date(out, described)
 
 
 def test_sample_refuses_other_vocabularies(data_run, tmp_path):
