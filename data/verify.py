@@ -29,7 +29,10 @@ from shards import BOS_ID, DataError, list_shards, read_shard, run, sha256_file,
 
 CHALLENGE_VAL_DOCS = 50_000
 CHUNK = 1 << 22  # tokens looked at together
-SIDECAR_TOLERANCE = 0.005  # of all bytes: published sidecars may count what normalisation removed, we do not
+# A sidecar made from SentencePiece's surfaces (slices of the raw text) counts white space that normalisation collapsed
+# and puts a character's bytes on its last byte piece; ours counts the normalised text. Such differences are small.
+SIDECAR_TOLERANCE = 0.005  # of all bytes
+SIDECAR_TOKENS = 0.1  # share of tokens; a sidecar shifted by one token differs in most
 
 
 class Finding(NamedTuple):
@@ -217,7 +220,7 @@ class Check:
                 first = f"first at token {at}: {int(counts[at])}, expected {int(expected[wrong[0]])}"
         if differing:
             # Both the sum and the places count: a sidecar shifted by one token has nearly the right sum.
-            far = abs(total - expected_total) > SIDECAR_TOLERANCE * expected_total or differing > 0.02 * len(tokens)
+            far = abs(total - expected_total) > SIDECAR_TOLERANCE * expected_total or differing > SIDECAR_TOKENS * len(tokens)
             self.add(
                 "FAIL" if far else "warn",
                 "sidecar",

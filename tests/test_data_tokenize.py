@@ -327,5 +327,5 @@ def test_memory_does_not_grow_with_the_corpus(data_sample, tmp_path):
         assert status == 0
         peaks.append(1024 * peak)
         sizes.append(docs.stat().st_size)
-    # Even the tokens alone, kept, would take 0.8 bytes for each byte of text; the allocator's moods are a tenth of that.
+    # Even the tokens alone, if kept, would take 0.8 bytes for each byte of text.
     assert peaks[1] - peaks[0] < 0.5 * (sizes[1] - sizes[0]), (peaks, sizes)
