@@ -91,7 +91,10 @@ class Hub:
         utils.disable_progress_bars()
         if constants.HF_HUB_OFFLINE:
             raise DataError(f"HF_HUB_OFFLINE is set, and {repo} has to be fetched: unset it where there is a network")
-        info = self.again(repo, lambda: HfApi().dataset_info(repo, files_metadata=True))
+        try:
+            info = self.again(repo, lambda: HfApi().dataset_info(repo, files_metadata=True))
+        except (ValueError, KeyError, TypeError) as e:
+            raise DataError(f"{repo} at {self.endpoint}: answered, but not with a listing (a proxy's page?)") from e
         self.commit = info.sha
         self.files = {}
         for entry in info.siblings or []:
@@ -125,7 +128,7 @@ class Hub:
                     raise DataError(self.refusal(what, status)) from None
                 reason, asked = self.refusal(what, status), e.response.headers.get("Retry-After", "")
                 wait = max(wait, float(asked)) if asked.isdigit() else wait
-            except (httpx.TransportError, httpx.StreamError) as e:
+            except (httpx.RequestError, httpx.StreamError) as e:
                 reason = f"{what}: {self.endpoint} cannot be reached or broke off ({e or type(e).__name__})"
             except OSError as e:
                 # The hub's library reports a body that ended early as an OSError without a number; the disk's have one.
@@ -133,6 +136,7 @@ class Hub:
                     raise
                 reason = f"{what}: broke off before its end"
             if attempt < self.tries:
+                print(f"{reason}; again in {wait:.0f} s", file=sys.stderr)
                 time.sleep(wait)
                 wait *= 2
         raise DataError(f"{reason}, {self.tries} tries")

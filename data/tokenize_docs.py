@@ -509,7 +509,8 @@ def main() -> int:
     parser.add_argument("--caseops", action="store_true", help="encode capitals, write the validation byte sidecar")
     parser.add_argument("--val-docs", type=int, default=CHALLENGE_VAL_DOCS, help="validation documents (default 50000)")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="at most, per training shard (10^8)")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parser.add_argument("--processes", type=int, default=cores, help="default: all cores")
     args = parser.parse_args()
 
     if bool(args.tokenizer) == args.train_tokenizer:

@@ -100,6 +100,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         fault = hub.fault("api")
         if fault is not None and self.refuse(fault):
             return None
+        if fault:
+            return self.answer(200, fault[1])
         if repo not in hub.repos:
             return self.answer(404, b"{}", X_Error_Code="RepoNotFound")
         siblings = []
@@ -395,6 +397,11 @@ def test_rate_limit_that_stays(hub, fetch):
     hub.forever.add("api")
     failed(fetch("--tries", 3), "rate limit (429)")
     assert len(hub.requests) == 3
+
+
+def test_answer_of_somebody_else(hub, fetch):
+    hub.faults["api"] = [("bytes", b"<html>Please log in to the hotel's network</html>")]
+    failed(fetch(), f"at {hub.url}: answered, but not with a listing")
 
 
 def test_no_space_is_seen_before(hub, fetch):

@@ -2,7 +2,7 @@
 
     python records/2026-11-21_data_caseops/measure.py text DATA OUT.jsonl SHARD...   shards (.bin.xz) back to JSON lines
     python records/2026-11-21_data_caseops/measure.py caseops DOCS...                CaseOps statistics and speed
-    python records/2026-11-21_data_caseops/measure.py memory -- COMMAND...           peak memory, all processes
+    python records/2026-11-21_data_caseops/measure.py memory -- COMMAND...           peak memory, CPU time
     python records/2026-11-21_data_caseops/measure.py bytes DOCS DIR                 sidecar sums against the raw text
 
 DATA is a folder with tokenizers/ and fineweb_*.bin.xz, DOCS JSON lines, DIR a folder that tokenize_docs.py made.
@@ -11,6 +11,7 @@ DATA is a folder with tokenizers/ and fineweb_*.bin.xz, DOCS JSON lines, DIR a f
 import json
 import lzma
 import re
+import resource
 import subprocess
 import sys
 import threading
@@ -99,6 +100,8 @@ def peak_memory(command: list[str]) -> None:
     thread.start()
     code = process.wait()
     thread.join()
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"{usage.ru_utime + usage.ru_stime:.1f} s of CPU time")
     print(f"exit {code}; peak of all processes {peak / 1024:.0f} MiB (Pss), main {largest / 1024:.0f} MiB (VmHWM)")
 
 
