@@ -1,6 +1,7 @@
 """JSON lines to shards: round trips, restarts, faults, memory."""
 
 import gzip
+import itertools
 import json
 import lzma
 import os
@@ -310,6 +311,22 @@ def test_full_disk_is_one_line_and_can_be_gone_on_from(docs, data_sample, data_r
     assert data_run("tokenize_docs.py", *common, "--out", out).returncode == 0
     assert data_run("tokenize_docs.py", *common, "--out", whole).returncode == 0
     assert contents(out) == contents(whole)
+
+
+def test_input_is_read_only_a_few_batches_ahead(data_sample):
+    line = json.dumps("some text").encode()
+    read = []
+
+    def endless():
+        for i in itertools.count():
+            read.append(i)
+            yield tokenize_docs.Batch("x", i + 1, i, [line])
+
+    stream = tokenize_docs.tokenized(endless(), data_sample / "tokenizer.model", False, 0, 2)
+    for i, (batch, (documents_, _, _)) in enumerate(itertools.islice(stream, 20)):
+        assert batch.first == i == documents_[0].line  # in order
+        assert len(read) <= i + 1 + 2 * 2
+    stream.close()
 
 
 def test_memory_does_not_grow_with_the_corpus(data_sample, tmp_path):
