@@ -58,7 +58,7 @@ _CAPITAL = re.compile("([A-Z])")
 # A word that begins with a capital. The lookbehind stands after the first letter: with the character class in front the
 # engine skips to the next capital by itself, which makes the whole of encode 1.5 times as fast.
 _CAPITAL_WORD = re.compile("([A-Z](?<![A-Za-z][A-Z])[A-Za-z]*)")
-_LATER_CAPITALS = [(c, CAPNEXT + c.lower()) for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+_NO_CAPITALS = bytes(b for b in range(256) if not 65 <= b <= 90)
 
 
 def _encode_capital_word(word: str) -> str:
@@ -86,10 +86,10 @@ def encode(text: str) -> str:
     if len(parts) > 1:
         parts[1::2] = map(_capital_words.__getitem__, parts[1::2])
         text = "".join(parts)
-    # Any capital left is inside a word that began with a small letter (iPhone). They are rare: 26 searches in C for
-    # a letter that is mostly not there are faster than one regular expression that looks at every character.
-    for capital, marked in _LATER_CAPITALS:
-        text = text.replace(capital, marked)
+    # Any capital left is inside a word that began with a small letter (iPhone). They are rare: which letters they are
+    # is found several times as fast by deleting all other bytes as by looking for each of the 26.
+    for letter in set(text.encode("utf-8", "surrogatepass").translate(None, _NO_CAPITALS).decode("ascii")):
+        text = text.replace(letter, CAPNEXT + letter.lower())
     return text
 
 
