@@ -44,6 +44,7 @@ from shards import (
     DataError,
     as_entries,
     header,
+    list_shards,
     read_header,
     run,
     sha256_file,
@@ -379,6 +380,10 @@ class Output:
             self.save()  # from here on what is in the folder is ours, also if we are killed before the first shard
         for leftover in self.folder.glob(".*.tmp"):
             leftover.unlink()
+        for split in ("train", "val", "val_bytes"):  # named, but not yet recorded when we were killed: made again
+            for path in list_shards(self.folder, split):
+                if path.name not in self.state["files"]:
+                    path.unlink()
         return False
 
     def save(self, name: str = "progress.json") -> None:
@@ -439,8 +444,6 @@ def write_shards(output: Output, stream, val_docs: int, caseops: bool, progress)
             start = 0
             for document in documents:
                 line = document.line + 1
-                if document.surrogates:
-                    output.pending["documents_with_lone_surrogates"] += 1
                 if not document.tokens:
                     output.pending["empty_documents"] += 1
                     continue
@@ -467,6 +470,7 @@ def write_shards(output: Output, stream, val_docs: int, caseops: bool, progress)
                     documents=1, raw_bytes=document.raw_bytes,
                     normalized_bytes=document.normalized_bytes * in_val,
                     whitespace_bytes=document.whitespace_bytes * in_val,
+                    documents_with_lone_surrogates=int(document.surrogates),
                 )  # fmt: skip
                 start = end
             progress(sum(map(len, batch.lines)))

@@ -243,7 +243,8 @@ def test_refusals(docs, texts, data_sample, data_sample_caseops, data_run, tmp_p
 
 
 def test_kill_in_the_middle_then_the_same_bytes(data_sample, data_sample_caseops, data_run, tmp_path):
-    docs = write_lines(tmp_path / "d.jsonl", text_documents(data_sample, repeat=60))
+    # With half a surrogate pair in each, so that a count that is off by one after a restart shows in the manifest.
+    docs = write_lines(tmp_path / "d.jsonl", [text + " \ud83d" for text in text_documents(data_sample, repeat=60)])
     common = ["--docs", docs, "--tokenizer", data_sample_caseops / "tokenizer.model", "--caseops",
               "--val-docs", 500, "--shard-tokens", 200_000, "--processes", 2]  # fmt: skip
     whole, out = tmp_path / "whole", tmp_path / "killed"
