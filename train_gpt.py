@@ -124,7 +124,7 @@ class Config:
     loop_end: int = knob(5, "last looped layer", at_least=0)
     enable_looping_at: float = knob(0.35, "part of the budget after which layers loop", at_least=0, at_most=1)
     loop_phase2_at: float = knob(0.0, "progressive recurrence: one extra pass until this part of the budget; 0: off", at_least=0, at_most=1)
-    parallel_start_layer: int = knob(8, "two-lane decoder from this layer; 0 or negative: off")
+    parallel_start_layer: int = knob(7, "two-lane decoder from this layer; 0 or negative: off")
     parallel_final_lane: str = knob("mean", "what leaves the two lanes", choices=("mean", "attn", "mlp"))
     parallel_residual_start: int = knob(-1, "GPT-J parallel residual from this layer; negative: off")
     smear_gate_enabled: bool = knob(True, "mix the previous token's embedding in, never over BOS")
