@@ -80,7 +80,7 @@ class Config:
     tokenizer_path: str = knob("", "SentencePiece model; empty: DATA_DIR/tokenizers/fineweb_<VOCAB_SIZE>_bpe[...].model")
     vocab_size: int = knob(8192, "pieces of the tokenizer", at_least=2, at_most=65536)
     caseops_enabled: bool = knob(False, "count validation bytes from the CaseOps sidecar, not from the tokenizer")
-    seed: int = knob(1337, "initial weights", at_least=0)
+    seed: int = knob(1337, "initial weights", at_least=0, at_most=2 ** 63 - 1)
     run_id: str = knob("", "name of the run and its log; empty: a fresh UUID")
     artifact_dir: str = knob("", "folder for log, checkpoints and artifact; empty: ./logs and .")
     config_check: bool = knob(False, "print the resolved table and stop")
@@ -88,8 +88,8 @@ class Config:
     iterations: int = knob(20000, "most steps", at_least=1)
     max_wallclock_seconds: float = knob(600.0, "training budget, Hessians and GPTQ included; 0: by ITERATIONS only", at_least=0)
     gptq_reserve_seconds: float = knob(-1.0, "seconds kept back for Hessians and GPTQ; -1: measured in warm-up", at_least=-1)
-    train_batch_tokens: int = knob(786432, "tokens a step over all ranks", at_least=1)
-    train_seq_len: int = knob(2048, "longest document segment in training", at_least=2)
+    train_batch_tokens: int = knob(786432, "tokens a step over all ranks", at_least=1, at_most=2 ** 31 - 1)
+    train_seq_len: int = knob(2048, "longest document segment in training", at_least=2, at_most=2 ** 31 - 1)
     grad_accum_steps: int = knob(0, "micro-steps a step; 0: 8 / world size, or the next that divides the batch", at_least=0)
     warmup_steps: int = knob(20, "uncounted steps per looping state, undone afterwards", at_least=0)
     warmdown_frac: float = knob(0.85, "last part of the budget in which the learning rate falls", at_least=0, at_most=1)
@@ -99,11 +99,11 @@ class Config:
     checkpoint_every: int = knob(0, "steps between resumable checkpoints; 0: only on a signal", at_least=0)
     resume: bool = knob(False, "continue from the checkpoint in ARTIFACT_DIR")
     # network
-    num_layers: int = knob(11, "layers", at_least=1)
-    model_dim: int = knob(512, "width", at_least=8)
+    num_layers: int = knob(11, "layers", at_least=1, at_most=1024)
+    model_dim: int = knob(512, "width", at_least=8, at_most=65536)
     num_heads: int = knob(8, "query heads", at_least=1)
     num_kv_heads: int = knob(4, "key/value heads", at_least=1)
-    mlp_mult: float = knob(4.0, "MLP width / model width", above=0)
+    mlp_mult: float = knob(4.0, "MLP width / model width", above=0, at_most=1024)
     xsa_last_n: int = knob(11, "last layers whose attention output drops its own value direction", at_least=0)
     rope_base: float = knob(1e4, "rotary base", above=1)
     rope_dims: int = knob(16, "rotated dimensions of each head", at_least=0)
@@ -115,7 +115,7 @@ class Config:
     skip_gates_enabled: bool = knob(True, "U-Net skips are gated")
     tie_embeddings: bool = knob(True, "the head is the embedding")
     tied_embed_init_std: float = knob(0.005, "initial deviation of the embedding", above=0)
-    num_loops: int = knob(2, "extra passes over the looped layers", at_least=0)
+    num_loops: int = knob(2, "extra passes over the looped layers", at_least=0, at_most=1024)
     loop_start: int = knob(3, "first looped layer", at_least=0)
     loop_end: int = knob(5, "last looped layer", at_least=0)
     enable_looping_at: float = knob(0.35, "part of the budget after which layers loop", at_least=0, at_most=1)
@@ -180,7 +180,7 @@ class Config:
     # evaluation
     sliding_window_enabled: bool = knob(False, "also score with a sliding window")
     eval_stride: int = knob(64, "tokens scored by each window", at_least=1)
-    eval_seq_len: int = knob(2048, "longest context in evaluation", at_least=2)
+    eval_seq_len: int = knob(2048, "longest context in evaluation", at_least=2, at_most=2 ** 31 - 1)
     val_batch_tokens: int = knob(524288, "validation tokens in flight over 8 micro-batches", at_least=8)
     ttt_enabled: bool = knob(False, "test-time training", later=LATER_TTT)
     phased_ttt_enabled: bool = knob(True, "its phased protocol")
@@ -281,6 +281,8 @@ CONTRADICTIONS: list[tuple[Callable[[Config], bool], str]] = [
     (lambda c: c.resume and (c.quantize_only or c.ttt_eval_only), "RESUME=1 needs training: not with QUANTIZE_ONLY or TTT_EVAL_ONLY"),
     (lambda c: c.val_batch_tokens // 8 < c.eval_seq_len,
      "VAL_BATCH_TOKENS={val_batch_tokens} must be at least 8 x EVAL_SEQ_LEN={eval_seq_len}"),
+    (lambda c: c.sliding_window_enabled and c.eval_stride > c.eval_seq_len,
+     "EVAL_STRIDE={eval_stride} must be at most EVAL_SEQ_LEN={eval_seq_len}: windows would miss tokens"),
     (lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
      "GPTQ_RESERVE_SECONDS={gptq_reserve_seconds} leaves no training in MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}"),
 ]
@@ -330,7 +332,7 @@ def load_config(env: dict[str, str]) -> tuple[Config, list[str]]:
     for name, text in env.items():
         target = ALIASES.get(name, name)
         if target in table:
-            if target in given and env.get(target) != text:
+            if name != target and env.get(target, text) != text:
                 raise UserError(f"{name}={text!r} contradicts {target}={env[target]!r}: set one of them")
             given[target] = parse_knob(table[target], text)
     warnings = []
