@@ -625,10 +625,13 @@ def find_shards(config: Config, split: str, kind: str = "") -> list[Path]:
 
 def read_shard(path: Path, vocab_size: int, sample: bool = True) -> np.memmap:
     """Tokens of one shard, uint16 memory map. Raises UserError unless magic, version, size and ids are right."""
-    size = path.stat().st_size
-    if size < HEADER_BYTES:
-        raise UserError(f"{path} has {size} bytes: expected a header of {HEADER_BYTES}")
-    header = np.fromfile(path, "<i4", 256)
+    try:
+        size = path.stat().st_size
+        if size < HEADER_BYTES and path.is_file():
+            raise UserError(f"{path} has {size} bytes: expected a header of {HEADER_BYTES}")
+        header = np.fromfile(path, "<i4", 256)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from None
     if header[0] != MAGIC or header[1] != VERSION:
         raise UserError(f"{path} begins with ({header[0]}, {header[1]}): expected magic {MAGIC} and version {VERSION}")
     expected = HEADER_BYTES + 2 * int(header[2])
@@ -744,12 +747,14 @@ class Prefetcher:
                 if self.device.type == "cuda":
                     item = Batch(item.ids.pin_memory(), item.targets.pin_memory(),
                                  Segments(item.segments.cu_seqlens.pin_memory(), item.segments.longest), item.cursor)
-                while not self.stopped.is_set():
-                    with contextlib.suppress(queue.Full):
-                        self.queue.put(item, timeout=0.2)
-                        break
+                self.put(item)
         except BaseException as e:          # handed to next(): a thread's exception would go unseen
-            self.queue.put(e)
+            self.put(e)
+
+    def put(self, item):
+        while not self.stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                return self.queue.put(item, timeout=0.2)
 
     def next(self) -> Batch:
         item = self.queue.get()
@@ -813,8 +818,9 @@ def check_byte_counts(tokens: np.ndarray, counts: np.ndarray, tokenizer, documen
     """Compare the byte counts of the first documents with their decoded text; raises UserError where they differ."""
     starts = [*np.flatnonzero(tokens == BOS)[: documents + 1], len(tokens)]
     for a, b in zip(starts[:documents], starts[1:]):
-        text = tokenizer.decode(tokens[a + 1: b].tolist())
-        if "\ufffd" not in text and len(text.encode()) != counts[a: b].sum():
+        ids = tokens[a + 1: b].tolist()
+        text = tokenizer.decode(ids)
+        if "\ufffd" not in text and tokenizer.unk_id() not in ids and len(text.encode()) != counts[a: b].sum():
             raise UserError(f"bytes of the validation document at token {a} add up to {counts[a: b].sum()}: "
                             f"its text has {len(text.encode())}")
     return min(documents, len(starts) - 1)
