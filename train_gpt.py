@@ -519,11 +519,12 @@ def write_atomically(path: Path, data: bytes):
         raise UserError(f"cannot write {path} ({len(data):,} bytes): {e.strerror}") from None
 
 
-def checksum(tensors: dict[str, Tensor]) -> int:
-    """CRC-32 over names and bytes, in name order."""
-    crc = 0
-    for name in sorted(tensors):
-        crc = zlib.crc32(tensors[name].detach().contiguous().cpu().view(torch.uint8).reshape(-1).numpy(), zlib.crc32(name.encode(), crc))
+def checksum(tensors: dict[str, Tensor], state: dict) -> int:
+    """CRC-32 over the state, and names, shapes, types and bytes of the tensors in name order."""
+    crc = zlib.crc32(json.dumps(state, sort_keys=True).encode())
+    for name, t in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {t.dtype} {list(t.shape)}".encode(), crc)
+        crc = zlib.crc32(t.reshape(-1).view(torch.uint8).numpy(), crc)      # reshape first: a 0-dim tensor has no byte view
     return crc
 
 
@@ -531,7 +532,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], state: dict):
     """safetensors whose metadata is `state` as JSON, plus a checksum of the tensors."""
     from safetensors.torch import save
     tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
-    write_atomically(path, save(tensors, {"state": json.dumps({**state, "crc32": checksum(tensors)})}))
+    write_atomically(path, save(tensors, {"state": json.dumps({**state, "crc32": checksum(tensors, state)})}))
 
 
 def load_tensors(path: Path, config: Config) -> tuple[dict[str, Tensor], dict]:
@@ -545,7 +546,7 @@ def load_tensors(path: Path, config: Config) -> tuple[dict[str, Tensor], dict]:
             tensors = {name: f.get_tensor(name) for name in f.keys()}
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(f"{path} is damaged: {str(e).splitlines()[0]}") from None
-    if "crc32" in state and state["crc32"] != checksum(tensors):
+    if not isinstance(state, dict) or ("crc32" in state and state.pop("crc32") != checksum(tensors, state)):
         raise UserError(f"{path} is damaged: its tensors do not match their checksum")
     check_same_model(path, state.get("model", {}), config)
     return tensors, state
