@@ -15,6 +15,7 @@ CONFIG · RUNTIME · DATA · KERNELS · MODEL · OPTIMIZERS · TRAIN · CALIBRAT
 from __future__ import annotations
 
 import contextlib
+import decimal
 import difflib
 import functools
 import hashlib
@@ -29,14 +30,17 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
 import zlib
 from base64 import b85encode
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from decimal import Decimal
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -176,7 +180,7 @@ class Config:
     lqer_factor_bits: int = knob(4, "bits of symmetric factors", at_least=2, at_most=8)
     lqer_asym_group: int = knob(64, "values sharing a scale", at_least=1)
     gated_attn_quant_gate: bool = knob(True, "head-gate weights as int8 rows")
-    compressor: str = knob("brotli", "coder of the artifact", choices=("brotli", "lzma"))
+    compressor: str = knob("entropy", "coder of the artifact", choices=("entropy", "brotli", "lzma", "pergroup"))
     # evaluation
     sliding_window_enabled: bool = knob(False, "also score with a sliding window")
     eval_stride: int = knob(64, "tokens scored by each window", at_least=1)
@@ -895,6 +899,21 @@ def softcap_ce_reference(logits_NV: Tensor, targets_N: Tensor, cap: float) -> Te
     return F.cross_entropy(cap * torch.tanh(logits_NV.float() / cap), targets_N, reduction="none")
 
 
+def fused_op(schema: str, allocate: Callable, launch: Callable):
+    """A custom operator that torch.compile can see through: allocate(*args) makes the outputs (also on fake tensors),
+    launch(*args, *outputs) fills them."""
+    name = schema.split("(")[0]
+
+    def run(*args):
+        outputs = allocate(*args)
+        launch(*args, *(outputs if isinstance(outputs, tuple) else (outputs,)))
+        return outputs
+
+    op = torch.library.custom_op(f"pgolf::{name}", run, mutates_args=(), schema=schema[len(name):])
+    op.register_fake(allocate)
+    return op
+
+
 if triton is not None:
     @triton.jit
     def softcap_ce_kernel(logits, targets, losses, lse, grad_losses, grad_logits, V, cap,
@@ -924,45 +943,204 @@ if triton is not None:
             tl.store(lse + row, total)
             tl.store(losses + row, total - cap * (2 * tl.sigmoid(2 / cap * x) - 1))
 
-    def _launch_softcap_ce(logits, targets, losses, lse, grad_losses, grad_logits, cap, backward):
+    def launch_softcap_ce(logits, targets, losses, lse, grad_losses, grad_logits, cap, backward):
         n, v = logits.shape
         softcap_ce_kernel[(n,)](logits, targets, losses, lse, grad_losses, grad_logits, v, cap,
                                 BLOCK=min(8192, triton.next_power_of_2(v)), BACKWARD=backward, num_warps=8)
 
-    @torch.library.custom_op("pgolf::softcap_ce", mutates_args=())
-    def _softcap_ce_forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-        logits = logits.contiguous()
-        losses, lse = (torch.empty(len(logits), device=logits.device) for _ in range(2))
-        _launch_softcap_ce(logits, targets, losses, lse, losses, logits, cap, False)
-        return losses, lse
+    softcap_ce_forward = fused_op(
+        "softcap_ce(Tensor logits, Tensor targets, float cap) -> (Tensor, Tensor)",
+        lambda x, y, cap: tuple(x.new_empty(len(x), dtype=torch.float32) for _ in range(2)),
+        lambda x, y, cap, losses, lse: launch_softcap_ce(x, y, losses, lse, losses, x, cap, False))
+    softcap_ce_backward = fused_op(
+        "softcap_ce_backward(Tensor logits, Tensor targets, Tensor lse, Tensor grad, float cap) -> Tensor",
+        lambda x, y, lse, g, cap: torch.empty_like(x),
+        lambda x, y, lse, g, cap, out: launch_softcap_ce(x, y, lse, lse, g.contiguous(), out, cap, True))
 
-    @torch.library.custom_op("pgolf::softcap_ce_backward", mutates_args=())
-    def _softcap_ce_backward(logits: Tensor, targets: Tensor, lse: Tensor, grad_losses: Tensor, cap: float) -> Tensor:
-        logits = logits.contiguous()
-        grad = torch.empty_like(logits)
-        _launch_softcap_ce(logits, targets, lse, lse, grad_losses.contiguous(), grad, cap, True)
-        return grad
-
-    @_softcap_ce_forward.register_fake
-    def _(logits, targets, cap):
-        return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
-
-    @_softcap_ce_backward.register_fake
-    def _(logits, targets, lse, grad_losses, cap):
-        return torch.empty_like(logits)
-
-    def _softcap_ce_save(ctx, inputs, output):
+    def save_softcap_ce(ctx, inputs, output):
         logits, targets, ctx.cap = inputs
         ctx.save_for_backward(logits, targets, output[1])
 
-    _softcap_ce_forward.register_autograd(
-        lambda ctx, grad, _: (_softcap_ce_backward(*ctx.saved_tensors, grad, ctx.cap), None, None), setup_context=_softcap_ce_save)
+    softcap_ce_forward.register_autograd(
+        lambda ctx, grad, _: (softcap_ce_backward(*ctx.saved_tensors, grad, ctx.cap), None, None), setup_context=save_softcap_ce)
 
 
 @kernel(softcap_ce_reference)
 def softcap_ce(logits_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
     """Softcap and cross-entropy in one pass: float32 losses [N]; the softcapped logits are never stored (Triton)."""
-    return _softcap_ce_forward(logits_NV, targets_N, cap)[0]
+    return softcap_ce_forward(logits_NV.contiguous(), targets_N, cap)[0]
+
+
+def qkv_heads_reference(qkv: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Joint projection [B, T, (H + 2K) d] -> q [B, T, H, d] normed, rotated, times its head's gain; k [B, T, K, d]
+    normed and rotated; v [B, T, K, d]. cos, sin: [T, rotated dimensions / 2] of these positions."""
+    B, T, _ = qkv.shape
+    q, k, v = qkv.view(B, T, len(gain_H) + 2 * kv_heads, -1).split((len(gain_H), kv_heads, kv_heads), 2)
+    q = (rotate(norm(q), cos, sin).float() * gain_H[:, None]).to(qkv.dtype)
+    return q, rotate(norm(k), cos, sin), v.contiguous()
+
+
+if triton is not None:
+    @triton.jit
+    def qkv_heads_kernel(qkv, gain, cos, sin, q, k, v, dqkv, dgain, N, T, eps, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+                         WIDE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
+        """BLOCK tokens of one head per program. Forward fills q, k, v; backward reads their gradients there and fills
+        dqkv and each token's share of dgain."""
+        token, slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+        j = tl.arange(0, WIDE)
+        ok = (token < N)[:, None] & (j < D)[None, :]
+        token = token.to(tl.int64)[:, None]
+        source = token * ((H + 2 * K) * D) + slot * D
+        if slot < H:
+            part, at = q, token * (H * D) + slot * D
+        elif slot < H + K:
+            part, at = k, token * (K * D) + (slot - H) * D
+        else:
+            part, at = v, token * (K * D) + (slot - H - K) * D
+        if slot >= H + K:
+            if BACKWARD:
+                tl.store(dqkv + source + j, tl.load(part + at + j, mask=ok), mask=ok)
+            else:
+                tl.store(part + at + j, tl.load(qkv + source + j, mask=ok), mask=ok)
+        else:
+            partner = tl.where(j < HALF, j + HALF, tl.where(j < 2 * HALF, j - HALF, j))[None, :]
+            turn = (token % T) * HALF + tl.where(j < HALF, j, j - HALF)[None, :]
+            rotated = ok & (j < 2 * HALF)[None, :]
+            c = tl.load(cos + turn, mask=rotated, other=1.0)
+            s = tl.load(sin + turn, mask=rotated, other=0.0) * tl.where(j < HALF, 1.0, -1.0)[None, :]
+            x = tl.load(qkv + source + j, mask=ok, other=0.0).to(tl.float32)
+            y = tl.load(qkv + source + partner, mask=ok, other=0.0).to(tl.float32)
+            scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+            x, y = x * scale, y * scale
+            amount = 1.0
+            if slot < H:
+                amount = tl.load(gain + slot)
+            if BACKWARD:
+                g = tl.load(part + at + j, mask=ok, other=0.0).to(tl.float32)
+                h = tl.load(part + at + partner, mask=ok, other=0.0).to(tl.float32)
+                if slot < H:
+                    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+                    tl.store(dgain + row.to(tl.int64) * H + slot, tl.sum(g * (x * c + y * s), 1), mask=row < N)
+                d = amount * (g * c - h * s)
+                d = scale * (d - x * (tl.sum(d * x, 1) / D)[:, None])
+                tl.store(dqkv + source + j, d.to(dqkv.dtype.element_ty), mask=ok)
+            else:
+                tl.store(part + at + j, (amount * (x * c + y * s)).to(part.dtype.element_ty), mask=ok)
+
+    def launch_qkv_heads(qkv, gain, cos, sin, kv_heads, q, k, v, dqkv, dgain, backward):
+        n, heads, d = qkv.shape[0] * qkv.shape[1], len(gain), q.shape[-1]
+        block = 64
+        qkv_heads_kernel[(triton.cdiv(n, block), heads + 2 * kv_heads)](
+            qkv, gain, cos, sin, q, k, v, dqkv, dgain, n, qkv.shape[1], NORM_EPS, H=heads, K=kv_heads, D=d,
+            WIDE=triton.next_power_of_2(d), HALF=cos.shape[1], BLOCK=block, BACKWARD=backward, num_warps=4)
+
+    def allocate_qkv_heads(qkv, gain, cos, sin, kv_heads):
+        B, T, width = qkv.shape
+        d = width // (len(gain) + 2 * kv_heads)
+        return tuple(qkv.new_empty(B, T, count, d) for count in (len(gain), kv_heads, kv_heads))
+
+    qkv_heads_forward = fused_op(
+        "qkv_heads(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, int kv_heads) -> (Tensor, Tensor, Tensor)",
+        allocate_qkv_heads,
+        lambda x, gain, cos, sin, kv, q, k, v: launch_qkv_heads(x, gain, cos, sin, kv, q, k, v, x, gain, False))
+    qkv_heads_backward = fused_op(
+        "qkv_heads_backward(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, int kv_heads, Tensor dq, Tensor dk, Tensor dv)"
+        " -> (Tensor, Tensor)",
+        lambda x, gain, cos, sin, kv, dq, dk, dv: (torch.empty_like(x), gain.new_empty(x.shape[0] * x.shape[1], len(gain))),
+        lambda x, gain, cos, sin, kv, dq, dk, dv, dx, dgain: launch_qkv_heads(
+            x, gain, cos, sin, kv, dq.contiguous(), dk.contiguous(), dv.contiguous(), dx, dgain, True))
+
+    def save_qkv_heads(ctx, inputs, output):
+        *tensors, ctx.kv_heads = inputs
+        ctx.save_for_backward(*tensors)
+
+    def grad_qkv_heads(ctx, *grads):
+        dx, dgain = qkv_heads_backward(*ctx.saved_tensors, ctx.kv_heads, *grads)
+        return dx, dgain.sum(0), None, None, None
+
+    qkv_heads_forward.register_autograd(grad_qkv_heads, setup_context=save_qkv_heads)
+
+
+@kernel(qkv_heads_reference)
+def qkv_heads(qkv: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One kernel for norms, rotary embedding and gain of all heads, and one for their gradients (Triton)."""
+    return qkv_heads_forward(qkv.contiguous(), gain_H, cos, sin, kv_heads)
+
+
+def gated_heads_reference(y_BTHd: Tensor, v_BTKd: Tensor, z_BTH: Tensor, xsa: bool, scale: float, factor: float) -> Tensor:
+    """Attention output without its own value's direction (if xsa), times factor * sigmoid(scale * z) per head."""
+    y = remove_own_value(y_BTHd, v_BTKd) if xsa else y_BTHd
+    return (y.float() * (factor * torch.sigmoid(z_BTH.float() * scale))[..., None]).to(y_BTHd.dtype)
+
+
+if triton is not None:
+    @triton.jit
+    def gated_heads_kernel(y, v, z, out, dy, dv, dz, N, scale, factor, G: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+                           WIDE: tl.constexpr, XSA: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
+        """BLOCK tokens of one key/value group per program. Backward reads the gradient of the output in `out`."""
+        token, group = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64), tl.program_id(1)
+        j = tl.arange(0, WIDE)[None, :]
+        ok = (token < N)[:, None] & (j < D)
+        at_v = token[:, None] * (K * D) + group * D + j
+        length = tl.zeros((BLOCK, 1), tl.float32)
+        unit = tl.zeros((BLOCK, WIDE), tl.float32)
+        if XSA:
+            unit = tl.load(v + at_v, mask=ok, other=0.0).to(tl.float32)
+            length = tl.maximum(tl.sqrt(tl.sum(unit * unit, 1)), 1e-12)[:, None]
+            unit = unit / length
+        dunit = tl.zeros((BLOCK, WIDE), tl.float32)
+        for g in tl.static_range(G):
+            head = group * G + g
+            at = (token[:, None] * (K * G) + head) * D + j
+            at_z = token * (K * G) + head
+            x = tl.load(y + at, mask=ok, other=0.0).to(tl.float32)
+            along = tl.sum(x * unit, 1)[:, None]
+            kept = x - along * unit
+            s = tl.sigmoid(scale * tl.load(z + at_z, mask=token < N, other=0.0).to(tl.float32))[:, None]
+            if BACKWARD:
+                d = tl.load(out + at, mask=ok, other=0.0).to(tl.float32)
+                ds = tl.sum(d * kept, 1)[:, None] * factor * scale * s * (1 - s)
+                tl.store(dz + at_z[:, None], ds.to(dz.dtype.element_ty), mask=(token < N)[:, None])
+                d = d * (factor * s)
+                d_along = tl.sum(d * unit, 1)[:, None]
+                tl.store(dy + at, (d - d_along * unit).to(dy.dtype.element_ty), mask=ok)
+                dunit -= d_along * x + along * d
+            else:
+                tl.store(out + at, (kept * (factor * s)).to(out.dtype.element_ty), mask=ok)
+        if BACKWARD and XSA:
+            dunit = (dunit - tl.sum(dunit * unit, 1)[:, None] * unit) / length
+            tl.store(dv + at_v, dunit.to(dv.dtype.element_ty), mask=ok)
+
+    def launch_gated_heads(y, v, z, xsa, scale, factor, out, dy, dv, dz, backward):
+        B, T, H, d = y.shape
+        block, kv = 32, v.shape[2]
+        gated_heads_kernel[(triton.cdiv(B * T, block), kv)](
+            y, v, z, out, dy, dv, dz, B * T, scale, factor, G=H // kv, K=kv, D=d, WIDE=triton.next_power_of_2(d), XSA=xsa,
+            BLOCK=block, BACKWARD=backward, num_warps=4)
+
+    gated_heads_forward = fused_op(
+        "gated_heads(Tensor y, Tensor v, Tensor z, bool xsa, float scale, float factor) -> Tensor",
+        lambda y, v, z, xsa, scale, factor: torch.empty_like(y),
+        lambda y, v, z, xsa, scale, factor, out: launch_gated_heads(y, v, z, xsa, scale, factor, out, y, v, z, False))
+    gated_heads_backward = fused_op(
+        "gated_heads_backward(Tensor y, Tensor v, Tensor z, bool xsa, float scale, float factor, Tensor grad) -> (Tensor, Tensor, Tensor)",
+        lambda y, v, z, xsa, scale, factor, grad: (torch.empty_like(y), torch.empty_like(v) if xsa else torch.zeros_like(v),
+                                                   torch.empty_like(z)),
+        lambda y, v, z, xsa, scale, factor, grad, dy, dv, dz: launch_gated_heads(
+            y, v, z, xsa, scale, factor, grad.contiguous(), dy, dv, dz, True))
+
+    def save_gated_heads(ctx, inputs, output):
+        y, v, z, *ctx.options = inputs
+        ctx.save_for_backward(y, v, z)
+
+    gated_heads_forward.register_autograd(
+        lambda ctx, grad: (*gated_heads_backward(*ctx.saved_tensors, *ctx.options, grad), None, None, None), setup_context=save_gated_heads)
+
+
+@kernel(gated_heads_reference)
+def gated_heads(y_BTHd: Tensor, v_BTKd: Tensor, z_BTH: Tensor, xsa: bool, scale: float, factor: float) -> Tensor:
+    """XSA and head gate in one kernel, all their gradients in another (Triton)."""
+    return gated_heads_forward(y_BTHd.contiguous(), v_BTKd.contiguous(), z_BTH.contiguous(), xsa, scale, factor)
 
 
 # ======================================================================================================================
@@ -1016,9 +1194,7 @@ class Adapters(NamedTuple):
 
 class Layer(NamedTuple):
     """One layer's tensors, matrices in the compute precision, and the skip that enters this pass (or None)."""
-    q: Tensor               # [D, D]
-    k: Tensor               # [K*hd, D]
-    v: Tensor
+    qkv: Tensor             # [(H + 2K) d, D]: one product for queries, keys and values
     o: Tensor               # [D, D]
     up: Tensor              # [M, D]
     down: Tensor            # [D, M]
@@ -1152,20 +1328,18 @@ class PassShape(NamedTuple):
 def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: PassAdapters, tap) -> Tensor:
     """Gated, document-masked attention of the normed input n [B, T, D] -> [B, T, D], output projection included."""
     B, T, D = n.shape
-    heads = lambda x, count: x.view(B, T, count, -1)
-    q_flat = linear(n, w.q, adapter.q)
-    q = heads(q_flat, shape.heads)
-    k = heads(linear(n, w.k, adapter.k), shape.kv_heads)
-    v = heads(linear(n, w.v, adapter.v), shape.kv_heads)
-    q = (rotate(norm(q), *rope).float() * w.q_gain[:, None]).to(n.dtype)
-    y = ATTENTION[shape.attention](q, rotate(norm(k), *rope), v, segments)
-    if shape.xsa:
-        y = remove_own_value(y, v)
+    qkv = linear(n, w.qkv)
+    if adapter.q or adapter.k or adapter.v:
+        widths = (D, *[(qkv.shape[-1] - D) // 2] * 2)
+        qkv = qkv + torch.cat([a(n) if a else n.new_zeros(B, T, width) for a, width in zip(adapter[:3], widths)], -1)
+    q, k, v = qkv_heads(qkv, w.q_gain, *rope, shape.kv_heads)
+    y = ATTENTION[shape.attention](q, k, v, segments)
     if w.gate is not None:
-        source = q_flat if shape.gate_kind == "out_proj" else n
-        z = F.linear(source[..., : w.gate.shape[1]], w.gate.to(n.dtype)).float()
-        gate = 2 * torch.sigmoid(z) if shape.gate_kind.startswith("out") else torch.sigmoid(z * shape.gate_scale)
-        y = (y.float() * gate[..., None]).to(n.dtype)
+        source = qkv if shape.gate_kind == "out_proj" else n
+        z = F.linear(source[..., : w.gate.shape[1]], w.gate.to(n.dtype))
+        y = gated_heads(y, v, z, shape.xsa, shape.gate_scale, 2.0 if shape.gate_kind.startswith("out") else 1.0)
+    elif shape.xsa:
+        y = remove_own_value(y, v)
     y = y.reshape(B, T, D)
     if tap:
         tap("attn", n)
@@ -1289,9 +1463,10 @@ class GPT(nn.Module):
         """Per-layer views. Casting a whole bank and unbinding it once keeps its gradient one tensor."""
         L = self.config.num_layers
         split = lambda p: (None,) * L if p is None else p.unbind(0)
-        cast = lambda bank: bank.to(self.dtype).unbind(0)
+        cast = lambda bank: bank.to(self.dtype)
         qo, kv = cast(self.qo_bank), cast(self.kv_bank)
-        rows = zip(qo[:L], kv[:L], kv[L:], qo[L:], cast(self.mlp_up_bank), cast(self.mlp_down_bank),
+        rows = zip(torch.cat((qo[:L], kv[:L], kv[L:]), 1).unbind(0), qo[L:].unbind(0),
+                   cast(self.mlp_up_bank).unbind(0), cast(self.mlp_down_bank).unbind(0),
                    *map(split, (self.q_gain, self.attn_gate_w, self.attn_scale, self.mlp_scale, self.resid_mix,
                                 self.depth_scale, self.parallel_resid_lambdas, self.parallel_post_lambdas)))
         return [Layer(*row) for row in rows]
@@ -1851,13 +2026,16 @@ SMALLEST_STEP = 2.0 ** -14          # smallest normal float16
 
 
 class IntTensor(NamedTuple):
-    """Integers times a step per row: q int8 [rows, columns], step float16 [rows], |q| <= 2^(bits-1) - 1."""
+    """Integers times a step per row: q int8 [rows, columns], step float16 [rows], |q| <= 2^(bits-1) - 1.
+
+    With n steps for another number of rows (LQER factors), each step serves 1/n of the values in reading order.
+    """
     q: Tensor
     step: Tensor
     bits: int
 
     def decode(self) -> Tensor:
-        return self.q.float() * self.step.float()[:, None]
+        return (self.q.float().view(len(self.step), -1) * self.step.float()[:, None]).view(self.q.shape)
 
 
 class HalfTensor(NamedTuple):
@@ -1895,6 +2073,16 @@ def row_steps(w_NRC: Tensor, sigma_N: Tensor, bits: int) -> Tensor:
     """Step of every row: sigma * std(row) / q_max, rounded to float16 [N, R]."""
     steps = sigma_N[:, None] * w_NRC.std(dim=2) / largest(bits)
     return steps.clamp_min(SMALLEST_STEP).half()
+
+
+def grid_index(steps: np.ndarray, parts: int) -> np.ndarray:
+    """Nearest place of each step on a logarithmic grid of `parts` to the octave (int32)."""
+    return np.rint(parts * np.log2(np.maximum(steps.astype(np.float64), SMALLEST_STEP))).astype(np.int32)
+
+
+def on_grid(index: np.ndarray, parts: int) -> np.ndarray:
+    """The grid's steps as float16: rounding so coarse hides what powers differ by between machines."""
+    return np.exp2(np.clip(index, -14 * parts, 15 * parts) / parts).astype(np.float16)
 
 
 def inverse_factor(h_NCC: Tensor, warn: Callable[[str], None]) -> Tensor:
@@ -2005,15 +2193,27 @@ def quantize(run: Run, weights: dict[str, Tensor], hessians: dict[str, Tensor]) 
 
 
 class Spec(NamedTuple):
-    """What a decoder must know of a tensor: name, shape, bits (0: float16)."""
+    """What a decoder must know of a tensor: name, shape, bits (0: float16), number of steps (0: one for each row)."""
     name: str
     shape: tuple[int, ...]
     bits: int
+    steps: int = 0
+
+    @property
+    def halves(self) -> int:
+        """float16 values of the tensor: its steps, or all."""
+        return (self.steps or self.shape[0]) if self.bits else math.prod(self.shape)
 
 
 def coding_group(name: str) -> str:
     """Tensors of one role are coded together: the name without its layer."""
     return ".".join(part for part in name.split(".") if not part.isdigit())
+
+
+def entropy_bits(counts: np.ndarray) -> float:
+    """Bits of n symbols with these counts under their own frequencies."""
+    n = counts[counts > 0]
+    return float(-(n * np.log2(n / n.sum())).sum())
 
 
 def entropy_bytes(coded: dict[str, IntTensor | HalfTensor]) -> float:
@@ -2023,7 +2223,7 @@ def entropy_bytes(coded: dict[str, IntTensor | HalfTensor]) -> float:
         if isinstance(t, IntTensor):
             seen = np.bincount(t.q.numpy().reshape(-1).astype(np.int64) + 128, minlength=256)
             counts[coding_group(name)] = counts.get(coding_group(name), 0) + seen
-    return sum(float(-(n[n > 0] * np.log2(n[n > 0] / n.sum())).sum()) for n in counts.values()) / 8
+    return sum(map(entropy_bits, counts.values())) / 8
 
 
 def flatten_codes(coded: dict[str, IntTensor | HalfTensor]) -> bytes:
@@ -2037,22 +2237,22 @@ def flatten_codes(coded: dict[str, IntTensor | HalfTensor]) -> bytes:
 
 def flat_sizes(specs: list[Spec]) -> tuple[int, int]:
     """Bytes of integers and number of float16 values that flatten_codes makes of these tensors."""
-    ints = sum(math.prod(s.shape) for s in specs if s.bits)
-    return ints, sum(s.shape[0] if s.bits else math.prod(s.shape) for s in specs)
+    return sum(math.prod(s.shape) for s in specs if s.bits), sum(s.halves for s in specs)
 
 
 def unflatten_codes(data: bytes, specs: list[Spec]) -> dict[str, IntTensor | HalfTensor]:
-    """Inverse of flatten_codes; the caller has checked the length against flat_sizes."""
+    """Inverse of flatten_codes; raises ValueError when the length does not fit the specs."""
     ints, halves = flat_sizes(specs)
+    if len(data) != ints + 2 * halves:
+        raise ValueError(f"a stream holds {len(data)} bytes: expected {ints + 2 * halves}")
     q = np.frombuffer(data, np.int8, ints)
     planes = np.frombuffer(data, np.uint8, 2 * halves, ints).reshape(2, halves)
     values = torch.from_numpy(np.stack((planes[1], planes[0]), 1).reshape(-1).copy().view(np.float16))
     out, at, at_half = {}, 0, 0
     for spec in sorted(specs, key=lambda s: (coding_group(s.name), specs.index(s))):
         count = math.prod(spec.shape)
-        n = spec.shape[0] if spec.bits else count
-        part = values[at_half: at_half + n]
-        at_half += n
+        part = values[at_half: at_half + spec.halves]
+        at_half += spec.halves
         if spec.bits:
             out[spec.name] = IntTensor(torch.from_numpy(q[at: at + count].copy()).view(spec.shape), part, spec.bits)
             at += count
@@ -2066,30 +2266,341 @@ def compress_brotli(data: bytes) -> bytes:
     return brotli.compress(data, quality=11, lgwin=24)
 
 
-def decompress_brotli(data: bytes) -> bytes:
+def decompress_brotli(data: bytes, size: int) -> bytes:
+    """Inverse of compress_brotli; raises ValueError rather than give more than `size` bytes."""
     import brotli
-    return brotli.decompress(data)
+    unpacker, out, given = brotli.Decompressor(), [], 0
+    while given <= size and not unpacker.is_finished():
+        out.append(unpacker.process(b"" if out else data, output_buffer_limit=size - given + 1))
+        given += len(out[-1])
+        if not out[-1] and unpacker.can_accept_more_data():
+            break
+    if given != size or not unpacker.is_finished():
+        raise ValueError(f"a brotli stream holds {'more than ' * (given > size)}{min(given, size)} bytes: expected {size}")
+    return b"".join(out)
 
 
 XZ = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 26}]}
-COMPRESSORS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]] = {
-    "brotli": (compress_brotli, decompress_brotli),
-    "lzma": (lambda data: lzma.compress(data, **XZ), lambda data: lzma.decompress(data, **XZ)),
+
+
+class Coder(NamedTuple):
+    """One value of COMPRESSOR. encode: codes -> streams; decode: its inverse; probe: is everything that it needs there?
+
+    encode and decode get a folder for temporary files. decode raises ValueError on anything that does not fit.
+    """
+    encode: Callable[[dict, Path], dict[str, bytes]]
+    decode: Callable[[dict[str, bytes], list[Spec], Path], dict]
+    probe: Callable[[], None]
+
+
+def one_stream(pack: Callable[[bytes], bytes], unpack: Callable[[bytes, int], bytes]) -> Coder:
+    """A general compressor over everything at once."""
+    def decode_stream(streams, specs, _folder):
+        ints, halves = flat_sizes(specs)
+        return unflatten_codes(unpack(streams["all"], ints + 2 * halves), specs)
+    return Coder(lambda coded, _folder: {"all": pack(flatten_codes(coded))}, decode_stream, lambda: pack(b"probe"))
+
+
+class SymbolCoder:
+    """A range coder (constriction) that runs either way, so that one description of the format serves both.
+
+    through(...) codes `values` when writing and returns what was coded when reading. Probabilities are made of exact
+    integers: every machine decodes alike. Reading stops at `limit` symbols, so a foreign file can not fill the memory.
+    """
+
+    def __init__(self, data: bytes | None = None):
+        from constriction import stream
+        self.writing, queue = data is None, stream.queue
+        self.categorical = stream.model.Categorical
+        if self.writing:
+            self.coder = queue.RangeEncoder()
+        elif len(data) % 4:
+            raise ValueError(f"the coded integers have {len(data)} bytes: expected a multiple of 4")
+        else:
+            self.coder = queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+
+    def through(self, weights: np.ndarray, values: np.ndarray | None, count: int) -> np.ndarray:
+        """`count` symbols 0 .. len(weights) - 1 with probabilities proportional to weights (exact in float64)."""
+        if count == 0 or len(weights) < 2:
+            return np.zeros(count, np.int32)
+        model = self.categorical(weights.astype(np.float64), perfect=False)
+        if self.writing:
+            self.coder.encode(np.ascontiguousarray(values, np.int32), model)
+            return values
+        return self.coder.decode(model, count)
+
+    def number(self, value: int | None) -> int:
+        """One unsigned number of 32 bits."""
+        parts = self.through(np.ones(256), None if value is None else np.frombuffer(struct.pack("<I", value), np.uint8), 4)
+        return int.from_bytes(bytes(parts.tolist()), "little")
+
+    def counts(self, counts: np.ndarray | None, size: int) -> np.ndarray:
+        """A histogram in floating point with three bits of mantissa, about 4 to 7 bits an entry."""
+        exponent = mantissa = None
+        if counts is not None:
+            exponent = np.frexp(counts.astype(np.float64))[1]          # 0 for an empty entry
+            mantissa = (counts.astype(np.int64) * 16 >> exponent) & 7
+        exponent = self.through(np.ones(33), exponent, size)
+        some = exponent > 0
+        mantissa = self.through(np.ones(8), None if mantissa is None else mantissa[some], int(some.sum()))
+        out = np.zeros(size)
+        out[some] = np.ldexp(8.0 + mantissa, exponent[some] - 4)
+        return out
+
+    def integers(self, values: np.ndarray | None, count: int) -> np.ndarray:
+        """Whole numbers of a small range (int32): their smallest, then symbols under their own histogram or a flat one."""
+        if count == 0:
+            return np.zeros(0, np.int32)
+        low = size = seen = flat = None
+        if values is not None:
+            low, size = int(values.min()), int(np.ptp(values)) + 1
+            seen = np.bincount(values - low)
+            flat = count * math.log2(size) <= entropy_bits(seen) + 6 * size
+        low = self.number(None if low is None else low + 2 ** 31) - 2 ** 31
+        size, flat = self.number(size), self.number(flat)
+        if not 1 <= size <= 65536:
+            raise ValueError(f"a table has {size} entries: expected 1 to 65536")
+        weights = np.ones(size) if flat else self.counts(seen, size)
+        return self.through(weights, None if values is None else values - low, count) + low
+
+    def finish(self) -> bytes:
+        return self.coder.get_compressed().astype("<u4").tobytes()
+
+
+@functools.cache
+def gaussian_weights(scale: int) -> np.ndarray:
+    """Weights of the integers -127 .. 127 (symbols 0 .. 254) under exp(-k^2 / 2 s^2), s = 2^(scale / FINE), as whole
+    numbers of 24 bits: decimal arithmetic, the same on every machine."""
+    with decimal.localcontext(decimal.Context(prec=30)):
+        ratio = (-1 / (2 * Decimal(2) ** (Decimal(2 * scale) / FINE))).exp()
+        weight, factor, half = Decimal(2 ** 24), ratio, []
+        while len(half) < 128 and weight > Decimal("0.5"):
+            half.append(int(weight))
+            weight, factor = weight * factor, factor * ratio * ratio
+    half = np.array(half + [0] * (128 - len(half)), np.float64)
+    return np.concatenate((half[:0:-1], half))
+
+
+FINE = 32                           # scales of the integers, in parts of an octave: of a tensor,
+COARSE = 8                          # and of its rows and columns
+SCALES = (-3 * FINE, 8 * FINE)      # smallest and largest scale
+FEWEST_ROWS = 64                    # tensors of fewer rows have no scales of their columns
+
+
+class Scales(NamedTuple):
+    """What the coder's model knows of an integer tensor: log2 of its size, of its rows' and its columns' (int32)."""
+    whole: int              # in 1/FINE octaves
+    rows: np.ndarray        # in 1/COARSE octaves, relative to the whole
+    columns: np.ndarray
+
+    def contexts(self) -> np.ndarray:
+        """Index of the distribution of every integer, uint16 [rows, columns] from 0."""
+        rows = self.whole - SCALES[0] + FINE // COARSE * self.rows[:, None]
+        return np.clip(rows + FINE // COARSE * self.columns, 0, SCALES[1] - SCALES[0]).astype(np.uint16)
+
+
+def measure_scales(q: np.ndarray) -> Scales:
+    """Root mean squares of rows and columns as whole numbers on a logarithmic grid: q ~ Gaussian(whole + row + column)."""
+    squares = q.astype(np.float32) ** 2
+    size = lambda x, parts: np.rint(parts / 2 * np.log2(np.maximum(x, 2.0 ** -6))).astype(np.int32)
+    mean = squares.mean(1)
+    whole = size(np.median(mean), FINE)
+    rows = size(mean / 2.0 ** (2 * whole / FINE), COARSE)
+    squares /= 2.0 ** (2 * rows[:, None] / COARSE)
+    columns = np.zeros(q.shape[1], np.int32)
+    if len(q) >= FEWEST_ROWS:
+        columns = size(squares.mean(0) / 2.0 ** (2 * whole / FINE), COARSE)
+        squares /= 2.0 ** (2 * columns / COARSE)
+    return Scales(int(size(squares.mean(), FINE)), rows, columns)
+
+
+def code_matrix(coder: SymbolCoder, q: np.ndarray | None, scales: Scales) -> np.ndarray:
+    """All integers of one matrix, one distribution after the other. int8 [rows, columns]."""
+    contexts = scales.contexts()
+    order = contexts.ravel().argsort(kind="stable")
+    ends = np.bincount(contexts.ravel()).cumsum()
+    symbols = None if q is None else q.ravel()[order].astype(np.int32) + 127
+    parts, start = [], 0
+    for context, end in enumerate(ends.tolist()):
+        if end > start:
+            weights = gaussian_weights(context + SCALES[0])
+            parts.append(coder.through(weights, None if q is None else symbols[start:end], end - start))
+        start = end
+    if q is not None:
+        return q
+    out = np.empty(contexts.size, np.int8)
+    out[order] = np.concatenate(parts) - 127
+    return out.reshape(contexts.shape)
+
+
+def code_halves(coder: SymbolCoder, values: np.ndarray | None, count: int) -> np.ndarray:
+    """float16 values [count]: the upper bytes, then as many of the lower bits as are in use."""
+    bits = None if values is None else values.view(np.uint16).astype(np.int32)
+    unused = None if bits is None else next((n for n in range(8, 0, -1) if not (bits & (1 << n) - 1).any()), 0)
+    unused = coder.number(unused)
+    upper = coder.integers(None if bits is None else bits >> 8, count)
+    lower = coder.integers(None if bits is None else (bits & 255) >> unused, count)
+    return (upper << 8 | lower << unused).astype(np.uint16).view(np.float16)
+
+
+def code_steps(coder: SymbolCoder, steps: np.ndarray | None, count: int) -> np.ndarray:
+    """float16 steps of one role: places on the grid of STEP_GRID parts of an octave where all lie on it, else halves."""
+    grid = None if steps is None else next((g for g in (1, 2, 4, 8, 16) if (on_grid(grid_index(steps, g), g) == steps).all()), 0)
+    grid = coder.number(grid)
+    if not grid:
+        return code_halves(coder, steps, count)
+    return on_grid(coder.integers(None if steps is None else grid_index(steps, grid), count), grid)
+
+
+def code_all(coder: SymbolCoder, specs: list[Spec], coded: dict[str, IntTensor | HalfTensor] | None) -> dict[str, IntTensor | HalfTensor]:
+    """Everything, role by role. Writing: `coded` goes out; reading: coded is None and comes back."""
+    out, groups = {}, {}
+    for spec in specs:
+        groups.setdefault((coding_group(spec.name), bool(spec.bits)), []).append(spec)
+    for (_, is_int), group in groups.items():
+        given = [coded[s.name] for s in group] if coded else None
+        sizes = [s.halves for s in group]
+        together = lambda parts: None if parts is None else np.concatenate([np.ravel(p) for p in parts])
+        split = lambda whole, sizes: np.split(whole, np.cumsum(sizes)[:-1])
+        if not is_int:
+            values = code_halves(coder, together([t.values.numpy() for t in given]) if given else None, sum(sizes))
+            out.update({s.name: HalfTensor(torch.from_numpy(part.copy()).view(s.shape)) for s, part in zip(group, split(values, sizes))})
+            continue
+        steps = split(code_steps(coder, together([t.step.numpy() for t in given]) if given else None, sum(sizes)), sizes)
+        matrices = [t.q.numpy().reshape(len(t.step), -1) for t in given] if given else [None] * len(group)
+        scales = [measure_scales(q) for q in matrices] if given else None
+        whole = coder.integers(together([s.whole for s in scales]) if scales else None, len(group))
+        rows = split(coder.integers(together([s.rows for s in scales]) if scales else None, sum(sizes)), sizes)
+        widths = [math.prod(s.shape) // s.halves for s in group]
+        columns = split(coder.integers(together([s.columns for s in scales]) if scales else None, sum(widths)), widths)
+        for spec, q, step, *scale in zip(group, matrices, steps, whole, rows, columns):
+            q = code_matrix(coder, q, Scales(*scale))
+            out[spec.name] = IntTensor(torch.from_numpy(q).view(spec.shape), torch.from_numpy(step.copy()), spec.bits)
+    return {spec.name: out[spec.name] for spec in specs}
+
+
+def encode_entropy(coded: dict[str, IntTensor | HalfTensor], _folder: Path) -> dict[str, bytes]:
+    coder = SymbolCoder()
+    code_all(coder, specs_of(coded), coded)
+    return {"all": coder.finish()}
+
+
+def decode_entropy(streams: dict[str, bytes], specs: list[Spec], _folder: Path) -> dict[str, IntTensor | HalfTensor]:
+    return code_all(SymbolCoder(streams["all"]), specs, None)
+
+
+LRZIP_SECONDS = 900.0       # a stream takes 20 to 100 s
+SORTED_GROUPS = ("tok_emb.weight", "blocks.attn.c_q.weight", "blocks.mlp.fc.weight")
+
+
+def lrzip(data: bytes, folder: Path, *options: str) -> bytes:
+    """data through the lrzip program (ZPAQ) by way of temporary files; raises UserError if it is missing, fails or hangs."""
+    with tempfile.TemporaryDirectory(prefix="lrzip.", dir=folder) as place:
+        source, target = Path(place, "in"), Path(place, "out")
+        source.write_bytes(data)
+        try:
+            done = subprocess.run(["lrzip", "-q", "-f", *options, "-o", target, source], capture_output=True, text=True,
+                                  timeout=LRZIP_SECONDS, stdin=subprocess.DEVNULL)
+        except FileNotFoundError:
+            raise UserError("COMPRESSOR=pergroup needs the lrzip program: apt-get install lrzip") from None
+        except subprocess.TimeoutExpired:
+            raise UserError(f"lrzip did not finish in {LRZIP_SECONDS:.0f} s and was stopped: use another COMPRESSOR") from None
+        if done.returncode or not target.is_file():
+            last = (done.stderr or done.stdout or "no message").strip().splitlines()[-1:]
+            raise UserError(f"lrzip failed (exit code {done.returncode}): {' '.join(last)}")
+        return target.read_bytes()
+
+
+def similarity_order(q: Tensor) -> np.ndarray:
+    """Greedy nearest neighbours of the rows in L1 distance, from row 0: uint16 [rows]."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = q.to(device, torch.float32)
+    distances = torch.cat([torch.cdist(part, rows, p=1) for part in rows.split(1024)]).cpu().numpy()
+    order, used = np.zeros(len(q), np.int64), np.zeros(len(q), np.float32)
+    for i in range(len(q) - 1):
+        used[order[i]] = np.inf
+        order[i + 1] = (distances[order[i]] + used).argmin()
+    return order.astype(np.uint16)
+
+
+def pergroup_layout(specs: list[Spec]) -> tuple[dict[str, list[Spec]], list[Spec]]:
+    """Matrices of each role that have a stream of their own; what stays for brotli (their steps as float16 tensors)."""
+    is_large = lambda s: s.bits and not s.steps and len(s.shape) == 2 and SMALLEST_QUANTISED < math.prod(s.shape) and s.shape[0] <= 65536
+    groups: dict[str, list[Spec]] = {}
+    for spec in filter(is_large, specs):
+        groups.setdefault(coding_group(spec.name), []).append(spec)
+    return groups, [Spec(s.name, (s.shape[0],), 0) if is_large(s) else s for s in specs]
+
+
+def encode_pergroup(coded: dict[str, IntTensor | HalfTensor], folder: Path) -> dict[str, bytes]:
+    """Transposed matrices of a role in one lrzip stream, some with similar rows side by side; the rest through brotli."""
+    groups, rest = pergroup_layout(specs_of(coded))
+    orders, plain = [], {}
+    for name, group in groups.items():
+        parts = []
+        for spec in group:
+            q = coded[spec.name].q
+            if name in SORTED_GROUPS:
+                orders.append(similarity_order(q))
+                q = q[torch.from_numpy(orders[-1].astype(np.int64))]
+            parts.append(q.T.contiguous().numpy().tobytes())
+        plain[name] = b"".join(parts)
+    with ThreadPoolExecutor() as pool:
+        streams = dict(zip(plain, pool.map(lambda data: lrzip(data, folder, "-z", "-L", "9"), plain.values())))
+    streams["order"] = compress_brotli(b"".join(o.astype("<u2").tobytes() for o in orders))
+    large = {spec.name for group in groups.values() for spec in group}
+    rest = {s.name: HalfTensor(coded[s.name].step) if s.name in large else coded[s.name] for s in rest}
+    streams["rest"] = compress_brotli(flatten_codes(rest))
+    return streams
+
+
+def decode_pergroup(streams: dict[str, bytes], specs: list[Spec], folder: Path) -> dict[str, IntTensor | HalfTensor]:
+    groups, rest = pergroup_layout(specs)
+    ints, halves = flat_sizes(rest)
+    out = unflatten_codes(decompress_brotli(streams["rest"], ints + 2 * halves), rest)
+    rows = [s.shape[0] for name, group in groups.items() if name in SORTED_GROUPS for s in group]
+    orders = np.frombuffer(decompress_brotli(streams["order"], 2 * sum(rows)), "<u2").astype(np.int64)
+    orders = iter(np.split(orders, np.cumsum(rows)[:-1]))
+    with ThreadPoolExecutor() as pool:
+        plain = dict(zip(groups, pool.map(lambda name: lrzip(streams[name], folder, "-d"), groups)))
+    for name, group in groups.items():
+        if len(plain[name]) != sum(math.prod(s.shape) for s in group):
+            raise ValueError(f"stream {name} holds {len(plain[name])} bytes: expected {sum(math.prod(s.shape) for s in group)}")
+        at = 0
+        for spec in group:
+            count = math.prod(spec.shape)
+            q = torch.from_numpy(np.frombuffer(plain[name], np.int8, count, at).copy()).view(spec.shape[::-1]).T
+            if name in SORTED_GROUPS:
+                order = next(orders)
+                if not np.array_equal(np.sort(order), np.arange(len(order))):
+                    raise ValueError(f"stream order: the rows of {spec.name} are not a permutation")
+                q = torch.empty_like(q).index_copy_(0, torch.from_numpy(order), q)
+            out[spec.name] = IntTensor(q.contiguous(), out[spec.name].values, spec.bits)
+            at += count
+    return out
+
+
+COMPRESSORS: dict[str, Coder] = {
+    "entropy": Coder(encode_entropy, decode_entropy, SymbolCoder),
+    "brotli": one_stream(compress_brotli, decompress_brotli),
+    "lzma": one_stream(lambda data: lzma.compress(data, **XZ), lambda data, size: lzma.LZMADecompressor(**XZ).decompress(data, size + 1)),
+    "pergroup": Coder(encode_pergroup, decode_pergroup, lambda: (compress_brotli(b"probe"), lrzip(b"probe" * 99, None, "-z", "-L", "9"))),
 }
 
 
-def encode(coded: dict[str, IntTensor | HalfTensor], compressor: str) -> dict[str, bytes]:
+def specs_of(coded: dict[str, IntTensor | HalfTensor]) -> list[Spec]:
+    return [Spec(n, tuple(t.q.shape), t.bits, len(t.step) if len(t.step) != t.q.shape[0] else 0) if isinstance(t, IntTensor)
+            else Spec(n, tuple(t.values.shape), 0) for n, t in coded.items()]
+
+
+def encode(coded: dict[str, IntTensor | HalfTensor], compressor: str, folder: Path | None = None) -> dict[str, bytes]:
     """Codes -> named streams."""
-    return {"all": COMPRESSORS[compressor][0](flatten_codes(coded))}
+    return COMPRESSORS[compressor].encode(coded, folder)
 
 
-def decode(streams: dict[str, bytes], specs: list[Spec], compressor: str) -> dict[str, IntTensor | HalfTensor]:
+def decode(streams: dict[str, bytes], specs: list[Spec], compressor: str, folder: Path | None = None) -> dict[str, IntTensor | HalfTensor]:
     """Inverse of encode; raises ValueError on anything that does not fit the specs."""
-    data = COMPRESSORS[compressor][1](streams["all"])
-    ints, halves = flat_sizes(specs)
-    if len(data) != ints + 2 * halves:
-        raise ValueError(f"stream `all` holds {len(data)} bytes: expected {ints + 2 * halves}")
-    return unflatten_codes(data, specs)
+    return COMPRESSORS[compressor].decode(streams, specs, folder)
 
 
 # ======================================================================================================================
@@ -2099,13 +2610,13 @@ def decode(streams: dict[str, bytes], specs: list[Spec], compressor: str) -> dic
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLF", 1
 ARTIFACT_HEAD = struct.Struct("<4sHII")         # magic, version, bytes of the header, CRC-32 of the header
 LONGEST_HEADER = 1 << 20
+LARGEST_MODEL = 1 << 28                         # values; reading takes a few bytes for each
 
 
 def write_artifact(coded: dict[str, IntTensor | HalfTensor], config: Config) -> bytes:
     """Codes -> one file: head, header (deflated JSON: model knobs, tensors, streams with checksums), streams."""
-    streams = encode(coded, config.compressor)
-    specs = [Spec(n, tuple(t.q.shape), t.bits) if isinstance(t, IntTensor) else Spec(n, tuple(t.values.shape), 0) for n, t in coded.items()]
-    header = {"model": model_knobs(config), "compressor": config.compressor, "tensors": specs,
+    streams = encode(coded, config.compressor, Path(config.artifact_dir or "."))
+    header = {"model": model_knobs(config), "compressor": config.compressor, "tensors": specs_of(coded),
               "streams": [(name, len(data), zlib.crc32(data)) for name, data in streams.items()]}
     packed = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     return b"".join((ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(packed), zlib.crc32(packed)), packed, *streams.values()))
@@ -2126,7 +2637,12 @@ def read_artifact_header(data: bytes, path: Path) -> tuple[dict, dict[str, bytes
     try:
         unpacker = zlib.decompressobj()
         header = json.loads(unpacker.decompress(packed, LONGEST_HEADER))
-        header["tensors"] = [Spec(name, tuple(shape), bits) for name, shape, bits in header["tensors"]]
+        header["tensors"] = specs = [Spec(name, tuple(shape), *rest) for name, shape, *rest in header["tensors"]]
+        for spec in specs:
+            numbers = (*spec.shape, spec.bits, spec.steps)
+            expect(all(type(n) is int and n >= 0 for n in numbers) and spec.bits <= 8 and len(spec.shape) > (1 if spec.bits else -1)
+                   and math.prod(spec.shape) > 0 and math.prod(spec.shape) % (spec.steps or 1) == 0, f"header ({spec})")
+        expect(sum(math.prod(spec.shape) for spec in specs) <= LARGEST_MODEL, "header (more values than a model can have)")
         streams, at = {}, ARTIFACT_HEAD.size + length
         for name, size, checksum_ in header["streams"]:
             streams[name] = data[at: at + size]
@@ -2150,7 +2666,7 @@ def read_artifact(path: Path, config: Config) -> dict[str, IntTensor | HalfTenso
     if header["compressor"] not in COMPRESSORS:
         raise UserError(f"artifact {path} is packed with {header['compressor']}: expected one of {', '.join(COMPRESSORS)}")
     try:
-        return decode(streams, header["tensors"], header["compressor"])
+        return decode(streams, header["tensors"], header["compressor"], path.parent)
     except UserError:
         raise
     except Exception as e:              # decoders raise what they like; with checked streams this is a foreign file
@@ -2297,7 +2813,7 @@ def preflight(run: Run) -> Inputs:
     except OSError as e:
         raise UserError(f"cannot write to {run.folder.resolve()}: {e.strerror}; set ARTIFACT_DIR") from None
     if not (c.prequant_only or c.ttt_eval_only):
-        COMPRESSORS[c.compressor][0](b"probe")
+        COMPRESSORS[c.compressor].probe()
         if "PACKED_SOURCE" not in globals():
             import python_minifier  # noqa: F401  (needed at the end to count the code's bytes)
     return Inputs(shards, validation, paths + find_shards(c, "val"))

@@ -26,12 +26,13 @@ import train_gpt as t  # noqa: E402
 # Kernel-name pattern -> purpose, first match wins.
 PURPOSES = (
     ("attention", r"flash|fmha|sdpa|attention|FlashAttn"),
-    ("loss", r"softcap_ce|linear_ce|cross_entropy|log_softmax"),
+    ("loss", r"softcap_ce|cross_entropy|log_softmax"),
+    ("elementwise", r"triton_|mix_kernel|heads_kernel"),
     ("optimizer", r"multi_tensor|foreach|adam|lerp"),
     ("matmul", r"gemm|cutlass|nvjet|xmma|cublas|splitK|wgmma"),
     ("embedding", r"embedding|indexing|index_put|radix|sort"),
     ("copy", r"memcpy|memset|copy|cat"),
-    ("elementwise", r"triton|elementwise|reduce|norm|vectorized"),
+    ("other elementwise", r"elementwise|reduce|norm|vectorized"),
 )
 
 
@@ -164,7 +165,7 @@ def main() -> int:
     result = {"micro_step_ms": plain, "micro_step_loops_ms": looped, "optimizer_ms": float(np.median(optimizer)),
               "ema_ms": float(np.median(averaging)), "peak_memory_gb": peak, "compile_seconds": compile_seconds,
               "tokens_per_second": args.tokens / looped * 1000, "tokens": args.tokens, "attention": attention,
-              "device": torch.cuda.get_device_name(), "torch": torch.__version__, "git": git or os.environ.get("GIT_REVISION", ""), **rates}
+              "device": torch.cuda.get_device_name(), "torch": torch.__version__, "git": os.environ.get("GIT_REVISION") or git, **rates}
     print(f"{'what':34} {'median':>9} {'min':>9} {'max':>9}")
     for name, values in (("micro-step, no loops (ms)", rows[states[0]]), ("micro-step, loops (ms)", rows[states[1]]),
                          ("clip + optimizer (ms)", optimizer), ("averaging (ms)", averaging)):
