@@ -672,6 +672,7 @@ class Segments(NamedTuple):
     """Documents of a packed row: attention never crosses them. cu_seqlens int32 [n], entries past the last = T."""
     cu_seqlens: Tensor
     longest: int
+    fresh: Tensor | None = None     # bool [1, T]: the token before is no neighbour in the text, nothing is smeared in
 
 
 class Batch(NamedTuple):
@@ -732,7 +733,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     cu = move(batch.segments.cu_seqlens)
     if device.type == "cuda":
         torch._dynamo.mark_dynamic(cu, 0)
-    return Batch(move(batch.ids), move(batch.targets), Segments(cu, batch.segments.longest), batch.cursor)
+    fresh = None if batch.segments.fresh is None else move(batch.segments.fresh)
+    return Batch(move(batch.ids), move(batch.targets), Segments(cu, batch.segments.longest, fresh), batch.cursor)
 
 
 class Prefetcher:
@@ -1258,7 +1260,7 @@ def attend_fa3(q, k, v, segments: Segments | None) -> Tensor:
     if segments is None:
         y = flash_attn_func(q, k, v, causal=True)
     else:
-        cu, longest = segments
+        cu, longest = segments[:2]
         y = flash_attn_varlen_func(q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest,
                                    max_seqlen_k=longest, causal=True)[None]
     return y
@@ -1276,7 +1278,7 @@ def attend_varlen(q, k, v, segments: Segments | None) -> Tensor:
         options["enable_gqa"] = groups > 1
     elif groups > 1:
         k, v = (t.repeat_interleave(groups, 2) for t in (k, v))
-    cu, longest = segments
+    cu, longest = segments[:2]
     return varlen_attn(q[0], k[0], v[0], cu, cu, longest, longest, **options)[None]
 
 
@@ -1385,12 +1387,14 @@ def block(x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip | None, w: Laye
             (keep[1] * lane + add[0, 1] * att + add[1, 1] * out).to(dtype))
 
 
-def embed(ids_BT: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Token embedding, SmearGate and norm. A BOS takes nothing from the token before it: documents stay apart."""
+def embed(ids_BT: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, dtype: torch.dtype,
+          fresh_BT: Tensor | None = None) -> Tensor:
+    """Token embedding, SmearGate and norm. A BOS (and where `fresh`) takes nothing from the token before it."""
     x = F.embedding(ids_BT, table).to(dtype)
     if gate is not None:
         z = F.linear(x[..., : gate.shape[1]], gate.to(dtype)).float()
-        amount = strength * torch.sigmoid(z) * (ids_BT != BOS)[..., None]
+        follows = ids_BT != BOS if fresh_BT is None else (ids_BT != BOS) & ~fresh_BT
+        amount = strength * torch.sigmoid(z) * follows[..., None]
         x = (x + amount * F.pad(x, (0, 0, 1, 0))[:, :-1]).to(dtype)
     return norm(x)
 
@@ -1480,7 +1484,8 @@ class GPT(nn.Module):
         """
         c = self.config
         run = block if tap else self.block
-        x0 = x = self.embed(ids_BT, self.tok_emb, self.smear_gate, self.smear_lambda, self.dtype)
+        x0 = x = self.embed(ids_BT, self.tok_emb, self.smear_gate, self.smear_lambda, self.dtype,
+                                segments.fresh if segments else None)
         layers, lane, skips = self.layers(), None, []
         rope = self.rope(ids_BT.shape[1], segments.longest if segments else ids_BT.shape[1])
         order, encoder = c.pass_order(c.num_loops if loops is None else loops)
@@ -2757,9 +2762,13 @@ def score_windows(run: Run, model: GPT, data: Validation, windows: np.ndarray, r
         at = np.concatenate([np.arange(a, b) for a, b, _ in part])
         scored = np.concatenate([np.arange(a, b) >= first for a, b, first in part])
         padded = np.pad(at, (0, row - len(at)))
-        cu = pad_cu_seqlens(np.append(0, np.cumsum(part[:, 1] - part[:, 0])), row)
+        starts = np.append(0, np.cumsum(part[:, 1] - part[:, 0]))
+        cu = torch.from_numpy(pad_cu_seqlens(starts, row))
         as_row = lambda values: torch.from_numpy(values.astype(np.int64))[None]
-        batch = to_device(Batch(as_row(tokens[padded]), as_row(tokens[padded + 1]), Segments(torch.from_numpy(cu), longest)), world.device)
+        fresh = np.zeros(row, bool)                                 # windows that do not go on where the last one ended
+        fresh[starts[1:-1][part[1:, 0] != part[:-1, 1]]] = True
+        segments = Segments(cu, longest, torch.from_numpy(fresh)[None] if fresh.any() else None)
+        batch = to_device(Batch(as_row(tokens[padded]), as_row(tokens[padded + 1]), segments), world.device)
         losses = model.losses(batch.ids, batch.targets, batch.segments)[0, : len(at)]
         nats += losses.double()[torch.from_numpy(scored).to(world.device)].sum()
         counts += torch.tensor([scored.sum(), data.byte_counts[at[scored] + 1].sum()], dtype=torch.float64)
