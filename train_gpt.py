@@ -1890,9 +1890,9 @@ class Trainer:
         if c.resume:
             stream.cursor, elapsed = self.load()
         limit = max(c.max_wallclock_seconds - reserve, 0.001) if c.max_wallclock_seconds else 0.0
+        loops, epoch = -1, stream.epoch         # before the prefetcher moves the stream
         signals, batches = Signals(), Prefetcher(stream, run.world.device)
         self.clock = Clock(run.world, limit, elapsed)
-        loops, epoch = -1, stream.epoch
         try:
             while True:
                 elapsed, signal_number = self.clock.tick(self.step, signals.received)
@@ -1948,11 +1948,14 @@ class Trainer:
         tensors, state = load_tensors(path, self.run.config)
         if state.get("seed") != self.run.config.seed:
             raise UserError(f"{path} was made with SEED={state.get('seed')}, this run has {self.run.config.seed}")
-        for (name, p), average in zip(self.model.named_parameters(), self.ema):
-            p.copy_(tensors[f"weights.{name}"])
-            average.copy_(tensors[f"ema.{name}"])
-        self.optimizers.load(tensors)
-        self.step = state["step"]
+        try:
+            for (name, p), average in zip(self.model.named_parameters(), self.ema):
+                p.copy_(tensors[f"weights.{name}"])
+                average.copy_(tensors[f"ema.{name}"])
+            self.optimizers.load(tensors)
+            self.step = state["step"]
+        except KeyError as e:
+            raise UserError(f"{path} lacks {e.args[0]}: expected a checkpoint of this configuration") from None
         self.run.log(f"resumed step:{self.step} elapsed:{state['elapsed']:.2f}s from {path}")
         return state["cursor"], state["elapsed"]
 
