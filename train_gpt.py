@@ -380,6 +380,8 @@ class World:
                                                      (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         except ValueError:
             raise UserError("RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: start with torchrun, or unset them") from None
+        if not 0 <= self.rank < self.size or ("RANK" in env or self.size > 1) and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(env):
+            raise UserError("RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT do not belong together: start with torchrun, or unset them")
         if torch.cuda.is_available():
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(f"local rank {self.local_rank} has no GPU: {torch.cuda.device_count()} are visible; lower --nproc_per_node")
@@ -452,8 +454,14 @@ class Log:
             return
         if console:
             print(text, flush=True)
-        if self.file:
-            print(text, file=self.file)
+        try:
+            if self.file:
+                print(text, file=self.file)
+        except OSError as e:                # a full disk must not end the run
+            print(f"warning: the log file ends here: {e.strerror}", flush=True)
+            with contextlib.suppress(OSError):
+                self.file.close()
+            self.file = None
 
 
 class Ledger:
@@ -2958,7 +2966,7 @@ def pipeline(config: Config, world: World, log: Log):
 
 
 def main() -> int:
-    world = log = None
+    world = log = config = None
     try:
         config, warnings = load_config(dict(os.environ))
         if config.config_check:
@@ -2971,8 +2979,10 @@ def main() -> int:
             log(line)
         pipeline(config, world, log)
     except UserError as e:
-        if int(os.environ.get("RANK", 0) or 0) == 0:
-            (log or print)(f"error: {e}") if log else print(f"error: {e}", file=sys.stderr)
+        if log:
+            log(f"error: {e}")
+        elif os.environ.get("RANK", "0") == "0" or (config and not world):      # what every rank finds is said once
+            print(f"error: {e}", file=sys.stderr)
         return e.code
     finally:
         if world:
