@@ -2653,6 +2653,7 @@ def read_artifact_header(data: bytes, path: Path) -> tuple[dict, dict[str, bytes
     try:
         unpacker = zlib.decompressobj()
         header = json.loads(unpacker.decompress(packed, LONGEST_HEADER))
+        expect(isinstance(header["model"], dict) and isinstance(header["compressor"], str), "header (model, compressor)")
         header["tensors"] = specs = [Spec(name, tuple(shape), *rest) for name, shape, *rest in header["tensors"]]
         for spec in specs:
             numbers = (*spec.shape, spec.bits, spec.steps)
@@ -2665,7 +2666,7 @@ def read_artifact_header(data: bytes, path: Path) -> tuple[dict, dict[str, bytes
             expect(len(streams[name]) == size, f"stream {name} is cut off at {len(streams[name])} of {size} bytes")
             expect(zlib.crc32(streams[name]) == checksum_, f"checksum of stream {name}")
             at += size
-    except (ValueError, KeyError, TypeError, zlib.error) as e:
+    except (ValueError, KeyError, TypeError, RecursionError, zlib.error) as e:
         raise UserError(f"artifact {path} is damaged: header ({e})") from None
     expect(at == len(data), f"total length is {len(data)} bytes, expected {at}")
     return header, streams
