@@ -84,7 +84,7 @@ class Config:
     tokenizer_path: str = knob("", "SentencePiece model; empty: DATA_DIR/tokenizers/fineweb_<VOCAB_SIZE>_bpe[...].model")
     vocab_size: int = knob(8192, "pieces of the tokenizer", at_least=2, at_most=65536)
     caseops_enabled: bool = knob(False, "count validation bytes from the CaseOps sidecar, not from the tokenizer")
-    seed: int = knob(1337, "initial weights", at_least=0)
+    seed: int = knob(1337, "initial weights", at_least=0, at_most=2 ** 63 - 1)
     run_id: str = knob("", "name of the run and its log; empty: a fresh UUID")
     artifact_dir: str = knob("", "folder for log, checkpoints and artifact; empty: ./logs and .")
     config_check: bool = knob(False, "print the resolved table and stop")
@@ -92,8 +92,8 @@ class Config:
     iterations: int = knob(20000, "most steps", at_least=1)
     max_wallclock_seconds: float = knob(600.0, "training budget, Hessians and GPTQ included; 0: by ITERATIONS only", at_least=0)
     gptq_reserve_seconds: float = knob(-1.0, "seconds kept back for Hessians and GPTQ; -1: measured in warm-up", at_least=-1)
-    train_batch_tokens: int = knob(786432, "tokens a step over all ranks", at_least=1)
-    train_seq_len: int = knob(2048, "longest document segment in training", at_least=2)
+    train_batch_tokens: int = knob(786432, "tokens a step over all ranks", at_least=1, at_most=2 ** 31 - 1)
+    train_seq_len: int = knob(2048, "longest document segment in training", at_least=2, at_most=2 ** 31 - 1)
     grad_accum_steps: int = knob(0, "micro-steps a step; 0: 8 / world size, or the next that divides the batch", at_least=0)
     warmup_steps: int = knob(20, "uncounted steps per looping state, undone afterwards", at_least=0)
     warmdown_frac: float = knob(0.85, "last part of the budget in which the learning rate falls", at_least=0, at_most=1)
@@ -103,11 +103,11 @@ class Config:
     checkpoint_every: int = knob(0, "steps between resumable checkpoints; 0: only on a signal", at_least=0)
     resume: bool = knob(False, "continue from the checkpoint in ARTIFACT_DIR")
     # network
-    num_layers: int = knob(11, "layers", at_least=1)
-    model_dim: int = knob(512, "width", at_least=8)
+    num_layers: int = knob(11, "layers", at_least=1, at_most=1024)
+    model_dim: int = knob(512, "width", at_least=8, at_most=65536)
     num_heads: int = knob(8, "query heads", at_least=1)
     num_kv_heads: int = knob(4, "key/value heads", at_least=1)
-    mlp_mult: float = knob(4.0, "MLP width / model width", above=0)
+    mlp_mult: float = knob(4.0, "MLP width / model width", above=0, at_most=1024)
     xsa_last_n: int = knob(11, "last layers whose attention output drops its own value direction", at_least=0)
     rope_base: float = knob(1e4, "rotary base", above=1)
     rope_dims: int = knob(16, "rotated dimensions of each head", at_least=0)
@@ -119,7 +119,7 @@ class Config:
     skip_gates_enabled: bool = knob(True, "U-Net skips are gated")
     tie_embeddings: bool = knob(True, "the head is the embedding")
     tied_embed_init_std: float = knob(0.005, "initial deviation of the embedding", above=0)
-    num_loops: int = knob(2, "extra passes over the looped layers", at_least=0)
+    num_loops: int = knob(2, "extra passes over the looped layers", at_least=0, at_most=1024)
     loop_start: int = knob(3, "first looped layer", at_least=0)
     loop_end: int = knob(5, "last looped layer", at_least=0)
     enable_looping_at: float = knob(0.35, "part of the budget after which layers loop", at_least=0, at_most=1)
@@ -184,7 +184,7 @@ class Config:
     # evaluation
     sliding_window_enabled: bool = knob(False, "also score with a sliding window")
     eval_stride: int = knob(64, "tokens scored by each window", at_least=1)
-    eval_seq_len: int = knob(2048, "longest context in evaluation", at_least=2)
+    eval_seq_len: int = knob(2048, "longest context in evaluation", at_least=2, at_most=2 ** 31 - 1)
     val_batch_tokens: int = knob(524288, "validation tokens in flight over 8 micro-batches", at_least=8)
     ttt_enabled: bool = knob(False, "test-time training", later=LATER_TTT)
     phased_ttt_enabled: bool = knob(True, "its phased protocol")
@@ -285,6 +285,8 @@ CONTRADICTIONS: list[tuple[Callable[[Config], bool], str]] = [
     (lambda c: c.resume and (c.quantize_only or c.ttt_eval_only), "RESUME=1 needs training: not with QUANTIZE_ONLY or TTT_EVAL_ONLY"),
     (lambda c: c.val_batch_tokens // 8 < c.eval_seq_len,
      "VAL_BATCH_TOKENS={val_batch_tokens} must be at least 8 x EVAL_SEQ_LEN={eval_seq_len}"),
+    (lambda c: c.sliding_window_enabled and c.eval_stride > c.eval_seq_len,
+     "EVAL_STRIDE={eval_stride} must be at most EVAL_SEQ_LEN={eval_seq_len}: windows would miss tokens"),
     (lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
      "GPTQ_RESERVE_SECONDS={gptq_reserve_seconds} leaves no training in MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}"),
 ]
@@ -334,7 +336,7 @@ def load_config(env: dict[str, str]) -> tuple[Config, list[str]]:
     for name, text in env.items():
         target = ALIASES.get(name, name)
         if target in table:
-            if target in given and env.get(target) != text:
+            if name != target and env.get(target, text) != text:
                 raise UserError(f"{name}={text!r} contradicts {target}={env[target]!r}: set one of them")
             given[target] = parse_knob(table[target], text)
     warnings = []
@@ -378,6 +380,8 @@ class World:
                                                      (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         except ValueError:
             raise UserError("RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: start with torchrun, or unset them") from None
+        if not 0 <= self.rank < self.size or ("RANK" in env or self.size > 1) and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(env):
+            raise UserError("RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT do not belong together: start with torchrun, or unset them")
         if torch.cuda.is_available():
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(f"local rank {self.local_rank} has no GPU: {torch.cuda.device_count()} are visible; lower --nproc_per_node")
@@ -450,8 +454,14 @@ class Log:
             return
         if console:
             print(text, flush=True)
-        if self.file:
-            print(text, file=self.file)
+        try:
+            if self.file:
+                print(text, file=self.file)
+        except OSError as e:                # a full disk must not end the run
+            print(f"warning: the log file ends here: {e.strerror}", flush=True)
+            with contextlib.suppress(OSError):
+                self.file.close()
+            self.file = None
 
 
 class Ledger:
@@ -521,11 +531,12 @@ def write_atomically(path: Path, data: bytes):
         raise UserError(f"cannot write {path} ({len(data):,} bytes): {e.strerror}") from None
 
 
-def checksum(tensors: dict[str, Tensor]) -> int:
-    """CRC-32 over names and bytes, in name order."""
-    crc = 0
-    for name in sorted(tensors):
-        crc = zlib.crc32(tensors[name].detach().contiguous().cpu().view(torch.uint8).reshape(-1).numpy(), zlib.crc32(name.encode(), crc))
+def checksum(tensors: dict[str, Tensor], state: dict) -> int:
+    """CRC-32 over the state, and names, shapes, types and bytes of the tensors in name order."""
+    crc = zlib.crc32(json.dumps(state, sort_keys=True).encode())
+    for name, t in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {t.dtype} {list(t.shape)}".encode(), crc)
+        crc = zlib.crc32(t.reshape(-1).view(torch.uint8).numpy(), crc)      # reshape first: a 0-dim tensor has no byte view
     return crc
 
 
@@ -533,7 +544,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], state: dict):
     """safetensors whose metadata is `state` as JSON, plus a checksum of the tensors."""
     from safetensors.torch import save
     tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
-    write_atomically(path, save(tensors, {"state": json.dumps({**state, "crc32": checksum(tensors)})}))
+    write_atomically(path, save(tensors, {"state": json.dumps({**state, "crc32": checksum(tensors, state)})}))
 
 
 def load_tensors(path: Path, config: Config) -> tuple[dict[str, Tensor], dict]:
@@ -547,7 +558,7 @@ def load_tensors(path: Path, config: Config) -> tuple[dict[str, Tensor], dict]:
             tensors = {name: f.get_tensor(name) for name in f.keys()}
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(f"{path} is damaged: {str(e).splitlines()[0]}") from None
-    if "crc32" in state and state["crc32"] != checksum(tensors):
+    if not isinstance(state, dict) or ("crc32" in state and state.pop("crc32") != checksum(tensors, state)):
         raise UserError(f"{path} is damaged: its tensors do not match their checksum")
     check_same_model(path, state.get("model", {}), config)
     return tensors, state
@@ -627,10 +638,13 @@ def find_shards(config: Config, split: str, kind: str = "") -> list[Path]:
 
 def read_shard(path: Path, vocab_size: int, sample: bool = True) -> np.memmap:
     """Tokens of one shard, uint16 memory map. Raises UserError unless magic, version, size and ids are right."""
-    size = path.stat().st_size
-    if size < HEADER_BYTES:
-        raise UserError(f"{path} has {size} bytes: expected a header of {HEADER_BYTES}")
-    header = np.fromfile(path, "<i4", 256)
+    try:
+        size = path.stat().st_size
+        if size < HEADER_BYTES and path.is_file():
+            raise UserError(f"{path} has {size} bytes: expected a header of {HEADER_BYTES}")
+        header = np.fromfile(path, "<i4", 256)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from None
     if header[0] != MAGIC or header[1] != VERSION:
         raise UserError(f"{path} begins with ({header[0]}, {header[1]}): expected magic {MAGIC} and version {VERSION}")
     expected = HEADER_BYTES + 2 * int(header[2])
@@ -666,6 +680,7 @@ class Segments(NamedTuple):
     """Documents of a packed row: attention never crosses them. cu_seqlens int32 [n], entries past the last = T."""
     cu_seqlens: Tensor
     longest: int
+    fresh: Tensor | None = None     # bool [1, T]: the token before is no neighbour in the text, nothing is smeared in
 
 
 class Batch(NamedTuple):
@@ -726,7 +741,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     cu = move(batch.segments.cu_seqlens)
     if device.type == "cuda":
         torch._dynamo.mark_dynamic(cu, 0)
-    return Batch(move(batch.ids), move(batch.targets), Segments(cu, batch.segments.longest), batch.cursor)
+    fresh = None if batch.segments.fresh is None else move(batch.segments.fresh)
+    return Batch(move(batch.ids), move(batch.targets), Segments(cu, batch.segments.longest, fresh), batch.cursor)
 
 
 class Prefetcher:
@@ -746,12 +762,14 @@ class Prefetcher:
                 if self.device.type == "cuda":
                     item = Batch(item.ids.pin_memory(), item.targets.pin_memory(),
                                  Segments(item.segments.cu_seqlens.pin_memory(), item.segments.longest), item.cursor)
-                while not self.stopped.is_set():
-                    with contextlib.suppress(queue.Full):
-                        self.queue.put(item, timeout=0.2)
-                        break
+                self.put(item)
         except BaseException as e:          # handed to next(): a thread's exception would go unseen
-            self.queue.put(e)
+            self.put(e)
+
+    def put(self, item):
+        while not self.stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                return self.queue.put(item, timeout=0.2)
 
     def next(self) -> Batch:
         item = self.queue.get()
@@ -815,8 +833,9 @@ def check_byte_counts(tokens: np.ndarray, counts: np.ndarray, tokenizer, documen
     """Compare the byte counts of the first documents with their decoded text; raises UserError where they differ."""
     starts = [*np.flatnonzero(tokens == BOS)[: documents + 1], len(tokens)]
     for a, b in zip(starts[:documents], starts[1:]):
-        text = tokenizer.decode(tokens[a + 1: b].tolist())
-        if "\ufffd" not in text and len(text.encode()) != counts[a: b].sum():
+        ids = tokens[a + 1: b].tolist()
+        text = tokenizer.decode(ids)
+        if "\ufffd" not in text and tokenizer.unk_id() not in ids and len(text.encode()) != counts[a: b].sum():
             raise UserError(f"bytes of the validation document at token {a} add up to {counts[a: b].sum()}: "
                             f"its text has {len(text.encode())}")
     return min(documents, len(starts) - 1)
@@ -1249,7 +1268,7 @@ def attend_fa3(q, k, v, segments: Segments | None) -> Tensor:
     if segments is None:
         y = flash_attn_func(q, k, v, causal=True)
     else:
-        cu, longest = segments
+        cu, longest = segments[:2]
         y = flash_attn_varlen_func(q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest,
                                    max_seqlen_k=longest, causal=True)[None]
     return y
@@ -1267,7 +1286,7 @@ def attend_varlen(q, k, v, segments: Segments | None) -> Tensor:
         options["enable_gqa"] = groups > 1
     elif groups > 1:
         k, v = (t.repeat_interleave(groups, 2) for t in (k, v))
-    cu, longest = segments
+    cu, longest = segments[:2]
     return varlen_attn(q[0], k[0], v[0], cu, cu, longest, longest, **options)[None]
 
 
@@ -1376,12 +1395,14 @@ def block(x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip | None, w: Laye
             (keep[1] * lane + add[0, 1] * att + add[1, 1] * out).to(dtype))
 
 
-def embed(ids_BT: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Token embedding, SmearGate and norm. A BOS takes nothing from the token before it: documents stay apart."""
+def embed(ids_BT: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, dtype: torch.dtype,
+          fresh_BT: Tensor | None = None) -> Tensor:
+    """Token embedding, SmearGate and norm. A BOS (and where `fresh`) takes nothing from the token before it."""
     x = F.embedding(ids_BT, table).to(dtype)
     if gate is not None:
         z = F.linear(x[..., : gate.shape[1]], gate.to(dtype)).float()
-        amount = strength * torch.sigmoid(z) * (ids_BT != BOS)[..., None]
+        follows = ids_BT != BOS if fresh_BT is None else (ids_BT != BOS) & ~fresh_BT
+        amount = strength * torch.sigmoid(z) * follows[..., None]
         x = (x + amount * F.pad(x, (0, 0, 1, 0))[:, :-1]).to(dtype)
     return norm(x)
 
@@ -1471,7 +1492,8 @@ class GPT(nn.Module):
         """
         c = self.config
         run = block if tap else self.block
-        x0 = x = self.embed(ids_BT, self.tok_emb, self.smear_gate, self.smear_lambda, self.dtype)
+        x0 = x = self.embed(ids_BT, self.tok_emb, self.smear_gate, self.smear_lambda, self.dtype,
+                                segments.fresh if segments else None)
         layers, lane, skips = self.layers(), None, []
         rope = self.rope(ids_BT.shape[1], segments.longest if segments else ids_BT.shape[1])
         order, encoder = c.pass_order(c.num_loops if loops is None else loops)
@@ -1876,9 +1898,9 @@ class Trainer:
         if c.resume:
             stream.cursor, elapsed = self.load()
         limit = max(c.max_wallclock_seconds - reserve, 0.001) if c.max_wallclock_seconds else 0.0
+        loops, epoch = -1, stream.epoch         # before the prefetcher moves the stream
         signals, batches = Signals(), Prefetcher(stream, run.world.device)
         self.clock = Clock(run.world, limit, elapsed)
-        loops, epoch = -1, stream.epoch
         try:
             while True:
                 elapsed, signal_number = self.clock.tick(self.step, signals.received)
@@ -1934,11 +1956,14 @@ class Trainer:
         tensors, state = load_tensors(path, self.run.config)
         if state.get("seed") != self.run.config.seed:
             raise UserError(f"{path} was made with SEED={state.get('seed')}, this run has {self.run.config.seed}")
-        for (name, p), average in zip(self.model.named_parameters(), self.ema):
-            p.copy_(tensors[f"weights.{name}"])
-            average.copy_(tensors[f"ema.{name}"])
-        self.optimizers.load(tensors)
-        self.step = state["step"]
+        try:
+            for (name, p), average in zip(self.model.named_parameters(), self.ema):
+                p.copy_(tensors[f"weights.{name}"])
+                average.copy_(tensors[f"ema.{name}"])
+            self.optimizers.load(tensors)
+            self.step = state["step"]
+        except KeyError as e:
+            raise UserError(f"{path} lacks {e.args[0]}: expected a checkpoint of this configuration") from None
         self.run.log(f"resumed step:{self.step} elapsed:{state['elapsed']:.2f}s from {path}")
         return state["cursor"], state["elapsed"]
 
@@ -2628,6 +2653,7 @@ def read_artifact_header(data: bytes, path: Path) -> tuple[dict, dict[str, bytes
     try:
         unpacker = zlib.decompressobj()
         header = json.loads(unpacker.decompress(packed, LONGEST_HEADER))
+        expect(isinstance(header["model"], dict) and isinstance(header["compressor"], str), "header (model, compressor)")
         header["tensors"] = specs = [Spec(name, tuple(shape), *rest) for name, shape, *rest in header["tensors"]]
         for spec in specs:
             numbers = (*spec.shape, spec.bits, spec.steps)
@@ -2640,7 +2666,7 @@ def read_artifact_header(data: bytes, path: Path) -> tuple[dict, dict[str, bytes
             expect(len(streams[name]) == size, f"stream {name} is cut off at {len(streams[name])} of {size} bytes")
             expect(zlib.crc32(streams[name]) == checksum_, f"checksum of stream {name}")
             at += size
-    except (ValueError, KeyError, TypeError, zlib.error) as e:
+    except (ValueError, KeyError, TypeError, RecursionError, zlib.error) as e:
         raise UserError(f"artifact {path} is damaged: header ({e})") from None
     expect(at == len(data), f"total length is {len(data)} bytes, expected {at}")
     return header, streams
@@ -2748,9 +2774,13 @@ def score_windows(run: Run, model: GPT, data: Validation, windows: np.ndarray, r
         at = np.concatenate([np.arange(a, b) for a, b, _ in part])
         scored = np.concatenate([np.arange(a, b) >= first for a, b, first in part])
         padded = np.pad(at, (0, row - len(at)))
-        cu = pad_cu_seqlens(np.append(0, np.cumsum(part[:, 1] - part[:, 0])), row)
+        starts = np.append(0, np.cumsum(part[:, 1] - part[:, 0]))
+        cu = torch.from_numpy(pad_cu_seqlens(starts, row))
         as_row = lambda values: torch.from_numpy(values.astype(np.int64))[None]
-        batch = to_device(Batch(as_row(tokens[padded]), as_row(tokens[padded + 1]), Segments(torch.from_numpy(cu), longest)), world.device)
+        fresh = np.zeros(row, bool)                                 # windows that do not go on where the last one ended
+        fresh[starts[1:-1][part[1:, 0] != part[:-1, 1]]] = True
+        segments = Segments(cu, longest, torch.from_numpy(fresh)[None] if fresh.any() else None)
+        batch = to_device(Batch(as_row(tokens[padded]), as_row(tokens[padded + 1]), segments), world.device)
         losses = model.losses(batch.ids, batch.targets, batch.segments)[0, : len(at)]
         nats += losses.double()[torch.from_numpy(scored).to(world.device)].sum()
         counts += torch.tensor([scored.sum(), data.byte_counts[at[scored] + 1].sum()], dtype=torch.float64)
@@ -2937,7 +2967,7 @@ def pipeline(config: Config, world: World, log: Log):
 
 
 def main() -> int:
-    world = log = None
+    world = log = config = None
     try:
         config, warnings = load_config(dict(os.environ))
         if config.config_check:
@@ -2950,8 +2980,10 @@ def main() -> int:
             log(line)
         pipeline(config, world, log)
     except UserError as e:
-        if int(os.environ.get("RANK", 0) or 0) == 0:
-            (log or print)(f"error: {e}") if log else print(f"error: {e}", file=sys.stderr)
+        if log:
+            log(f"error: {e}")
+        elif os.environ.get("RANK", "0") == "0" or (config and not world):      # what every rank finds is said once
+            print(f"error: {e}", file=sys.stderr)
         return e.code
     finally:
         if world:
