@@ -1151,94 +1151,6 @@ def gated_heads(y_BTHd: Tensor, v_BTKd: Tensor, z_BTH: Tensor, xsa: bool, scale:
     return gated_heads_forward(y_BTHd.contiguous(), v_BTKd.contiguous(), z_BTH.contiguous(), xsa, scale, factor)
 
 
-def mix_reference(x: Tensor, y: Tensor, a_D: Tensor, b_D: Tensor, scale: Tensor, normed: bool) -> tuple[Tensor, Tensor]:
-    """Residual algebra: u = a*x + b*y and, if normed, scale * rms_norm(u) (else u again). x, y: [..., D]; scale: []."""
-    u = (a_D * x + b_D * y).to(x.dtype)
-    return u, norm(u) * scale if normed else u
-
-
-if triton is not None:
-    @triton.jit
-    def mix_kernel(x, y, a, b, scale, u, n, du, dn, dx, dy, da, db, N, eps, D: tl.constexpr, WIDE: tl.constexpr,
-                   ROWS: tl.constexpr, NORM: tl.constexpr, BACKWARD: tl.constexpr):
-        """ROWS rows at a time, striding over all. Backward keeps the sums over rows that a and b need in registers and
-        leaves one partial sum per program in da, db."""
-        j = tl.arange(0, WIDE)
-        av = tl.load(a + j, mask=j < D, other=0.0)[None, :]
-        bv = tl.load(b + j, mask=j < D, other=0.0)[None, :]
-        amount = tl.load(scale)
-        sum_a = tl.zeros((WIDE,), tl.float32)
-        sum_b = tl.zeros((WIDE,), tl.float32)
-        for start in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
-            row = start + tl.arange(0, ROWS)
-            at = row.to(tl.int64)[:, None] * D + j[None, :]
-            ok = (row < N)[:, None] & (j < D)[None, :]
-            xv = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
-            yv = tl.load(y + at, mask=ok, other=0.0).to(tl.float32)
-            uv = (av * xv + bv * yv).to(x.dtype.element_ty).to(tl.float32)
-            unit = uv
-            inverse = 1.0
-            if NORM:
-                inverse = tl.rsqrt(tl.sum(uv * uv, 1) / D + eps)[:, None]
-                unit = uv * inverse
-            if BACKWARD:
-                d = tl.load(du + at, mask=ok, other=0.0).to(tl.float32)
-                if NORM:
-                    g = amount * tl.load(dn + at, mask=ok, other=0.0).to(tl.float32)
-                    d += inverse * (g - unit * (tl.sum(g * unit, 1) / D)[:, None])
-                tl.store(dx + at, (av * d).to(dx.dtype.element_ty), mask=ok)
-                tl.store(dy + at, (bv * d).to(dy.dtype.element_ty), mask=ok)
-                sum_a += tl.sum(d * xv, 0)
-                sum_b += tl.sum(d * yv, 0)
-            else:
-                tl.store(u + at, uv.to(u.dtype.element_ty), mask=ok)
-                if NORM:
-                    tl.store(n + at, (unit * amount).to(n.dtype.element_ty), mask=ok)
-        if BACKWARD:
-            tl.store(da + tl.program_id(0) * D + j, sum_a, mask=j < D)
-            tl.store(db + tl.program_id(0) * D + j, sum_b, mask=j < D)
-
-    MIX_ROWS, MIX_PROGRAMS = 4, 528         # rows a step; programs of the backward pass (4 for each unit of an H100)
-
-    def launch_mix(x, y, a, b, scale, normed, u, n, du, dn, dx, dy, da, db, backward):
-        rows, d = x.numel() // x.shape[-1], x.shape[-1]
-        programs = da.shape[0] if backward else triton.cdiv(rows, MIX_ROWS)
-        mix_kernel[(programs,)](x, y, a, b, scale, u, n, du, dn, dx, dy, da, db, rows, NORM_EPS, D=d, WIDE=triton.next_power_of_2(d),
-                                ROWS=MIX_ROWS, NORM=normed, BACKWARD=backward, num_warps=4)
-
-    def allocate_mix_backward(x, y, a, b, scale, normed, du, dn):
-        programs = min(MIX_PROGRAMS, -(-x.numel() // (x.shape[-1] * MIX_ROWS)))
-        return torch.empty_like(x), torch.empty_like(y), *(a.new_empty(programs, x.shape[-1]) for _ in range(2))
-
-    mix_forward = fused_op(
-        "mix(Tensor x, Tensor y, Tensor a, Tensor b, Tensor scale, bool normed) -> (Tensor, Tensor)",
-        lambda x, y, a, b, scale, normed: (torch.empty_like(x), torch.empty_like(x) if normed else x.new_empty(0)),
-        lambda x, y, a, b, scale, normed, u, n: launch_mix(x, y, a, b, scale, normed, u, n, x, x, x, x, x, x, False))
-    mix_backward = fused_op(
-        "mix_backward(Tensor x, Tensor y, Tensor a, Tensor b, Tensor scale, bool normed, Tensor du, Tensor dn)"
-        " -> (Tensor, Tensor, Tensor, Tensor)",
-        allocate_mix_backward,
-        lambda x, y, a, b, scale, normed, du, dn, dx, dy, da, db: launch_mix(
-            x, y, a, b, scale, normed, x, x, du.contiguous(), dn.contiguous(), dx, dy, da, db, True))
-
-    def save_mix(ctx, inputs, output):
-        *tensors, ctx.normed = inputs
-        ctx.save_for_backward(*tensors)
-
-    def grad_mix(ctx, du, dn):
-        dx, dy, da, db = mix_backward(*ctx.saved_tensors, ctx.normed, du, dn)
-        return dx, dy, da.sum(0), db.sum(0), None, None
-
-    mix_forward.register_autograd(grad_mix, setup_context=save_mix)
-
-
-@kernel(mix_reference)
-def mix(x: Tensor, y: Tensor, a_D: Tensor, b_D: Tensor, scale: Tensor, normed: bool) -> tuple[Tensor, Tensor]:
-    """The mix and its norm in one pass; all gradients, those of a and b included, in another (Triton)."""
-    u, n = mix_forward(x.contiguous(), y.contiguous(), a_D.contiguous(), b_D.contiguous(), scale, normed)
-    return u, n if normed else u
-
-
 # ======================================================================================================================
 # MODEL: one forward, one attention, for training, evaluation, calibration and test-time training
 # ======================================================================================================================
@@ -1463,18 +1375,17 @@ def block(x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip | None, w: Laye
 
     A U-Net skip is merged into x first. tap(role, input) sees the input of every matrix (calibration).
     """
-    dtype, s = x.dtype, w.depth_scale
+    dtype = x.dtype
     if skip is not None:
-        keep = torch.sigmoid(skip.gate) if skip.gate is not None else torch.ones_like(skip.weight)
-        add = (1 - keep) * skip.weight if skip.gate is not None else skip.weight
-        x, _ = mix(x, skip.x, keep, add, s, False)
-    u, n = mix(x, x0, w.mix[0], w.mix[1], s, True)
-    att = attention(n, w, segments, rope, shape, adapter, tap)
+        merged = skip.weight * skip.x
+        x = (merged + torch.sigmoid(skip.gate) * (x - merged) if skip.gate is not None else x + merged).to(dtype)
+    u = (w.mix[0] * x + w.mix[1] * x0).to(dtype)
+    n = norm(u) * w.depth_scale
+    att = w.attn_scale * attention(n, w, segments, rope, shape, adapter, tap)
     if shape.kind == "sequential":
-        h, n = mix(u, att, torch.ones_like(w.attn_scale), w.attn_scale, s, True)
-        return mix(h, mlp(n, w, adapter, tap), torch.ones_like(w.mlp_scale), w.mlp_scale, s, False)[0], None
-    att = w.attn_scale * att
-    out = w.mlp_scale * mlp(n if shape.kind == "parallel" else norm(lane) * s, w, adapter, tap)
+        h = (u + att).to(dtype)
+        return (h + w.mlp_scale * mlp(norm(h) * w.depth_scale, w, adapter, tap)).to(dtype), None
+    out = w.mlp_scale * mlp(norm(u if shape.kind == "parallel" else lane) * w.depth_scale, w, adapter, tap)
     if shape.kind == "parallel":
         return (u + att + out).to(dtype), None
     keep, add = w.lane_keep, w.lane_add
