@@ -10,10 +10,11 @@ Everything is set by environment variables (CONFIG, below, is their only table; 
 Shapes are written as suffixes: B batch, T positions, D model width, H query heads, K key/value heads, V vocabulary.
 
 Sections, in the order in which a run uses them:
-CONFIG · RUNTIME · DATA · KERNELS · MODEL · OPTIMIZERS · TRAIN · CALIBRATE · QUANTIZE · CODER · ARTIFACT · EVALUATE · ADAPT · MAIN
+CONFIG · RUNTIME · DATA · KERNELS · MODEL · OPTIMIZERS · TRAIN · CALIBRATE · QUANTIZE · REPAIR · CODER · ARTIFACT · EVALUATE · ADAPT · MAIN
 """
 from __future__ import annotations
 
+import ast
 import contextlib
 import decimal
 import difflib
@@ -35,7 +36,6 @@ import threading
 import time
 import uuid
 import zlib
-from base64 import b85encode
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
@@ -67,12 +67,11 @@ class UserError(Exception):
         self.code = code
 
 
-def knob(default, meaning: str, **limits):
+def knob(default, meaning: str = "", **limits):
     """A row of the table. Limits: at_least, above, at_most (numbers), choices (a tuple), later (why it is refused)."""
     return field(default=default, metadata={"meaning": meaning, **limits})
 
 
-LATER_QUANT = "this quantisation rule is not in this version yet"
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Config:
     tokenizer_path: str = knob("", "SentencePiece model; empty: DATA_DIR/tokenizers/fineweb_<VOCAB_SIZE>_bpe[...].model")
     vocab_size: int = knob(8192, "pieces of the tokenizer", at_least=2, at_most=65536)
     caseops_enabled: bool = knob(False, "count validation bytes from the CaseOps sidecar, not from the tokenizer")
-    seed: int = knob(1337, "initial weights", at_least=0)
+    seed: int = knob(1337, "initial weights", at_least=0, at_most=2 ** 63 - 1)
     run_id: str = knob("", "name of the run and its log; empty: a fresh UUID")
     artifact_dir: str = knob("", "folder for log, checkpoints and artifact; empty: ./logs and .")
     config_check: bool = knob(False, "print the resolved table and stop")
@@ -91,8 +90,8 @@ class Config:
     iterations: int = knob(20000, "most steps", at_least=1)
     max_wallclock_seconds: float = knob(600.0, "training budget, Hessians and GPTQ included; 0: by ITERATIONS only", at_least=0)
     gptq_reserve_seconds: float = knob(-1.0, "seconds kept back for Hessians and GPTQ; -1: measured in warm-up", at_least=-1)
-    train_batch_tokens: int = knob(786432, "tokens a step over all ranks", at_least=1)
-    train_seq_len: int = knob(2048, "longest document segment in training", at_least=2)
+    train_batch_tokens: int = knob(786432, "tokens a step over all ranks", at_least=1, at_most=2 ** 31 - 1)
+    train_seq_len: int = knob(2048, "longest document segment in training", at_least=2, at_most=2 ** 31 - 1)
     grad_accum_steps: int = knob(0, "micro-steps a step; 0: 8 / world size, or the next that divides the batch", at_least=0)
     warmup_steps: int = knob(20, "uncounted steps per looping state, undone afterwards", at_least=0)
     warmdown_frac: float = knob(0.85, "last part of the budget in which the learning rate falls", at_least=0, at_most=1)
@@ -102,11 +101,11 @@ class Config:
     checkpoint_every: int = knob(0, "steps between resumable checkpoints; 0: only on a signal", at_least=0)
     resume: bool = knob(False, "continue from the checkpoint in ARTIFACT_DIR")
     # network
-    num_layers: int = knob(11, "layers", at_least=1)
-    model_dim: int = knob(512, "width", at_least=8)
+    num_layers: int = knob(11, "layers", at_least=1, at_most=1024)
+    model_dim: int = knob(512, "width", at_least=8, at_most=65536)
     num_heads: int = knob(8, "query heads", at_least=1)
     num_kv_heads: int = knob(4, "key/value heads", at_least=1)
-    mlp_mult: float = knob(4.0, "MLP width / model width", above=0)
+    mlp_mult: float = knob(4.0, "MLP width / model width", above=0, at_most=1024)
     xsa_last_n: int = knob(11, "last layers whose attention output drops its own value direction", at_least=0)
     rope_base: float = knob(1e4, "rotary base", above=1)
     rope_dims: int = knob(16, "rotated dimensions of each head", at_least=0)
@@ -118,12 +117,12 @@ class Config:
     skip_gates_enabled: bool = knob(True, "U-Net skips are gated")
     tie_embeddings: bool = knob(True, "the head is the embedding")
     tied_embed_init_std: float = knob(0.005, "initial deviation of the embedding", above=0)
-    num_loops: int = knob(2, "extra passes over the looped layers", at_least=0)
+    num_loops: int = knob(2, "extra passes over the looped layers", at_least=0, at_most=1024)
     loop_start: int = knob(3, "first looped layer", at_least=0)
     loop_end: int = knob(5, "last looped layer", at_least=0)
     enable_looping_at: float = knob(0.35, "part of the budget after which layers loop", at_least=0, at_most=1)
     loop_phase2_at: float = knob(0.0, "progressive recurrence: one extra pass until this part of the budget; 0: off", at_least=0, at_most=1)
-    parallel_start_layer: int = knob(8, "two-lane decoder from this layer; 0 or negative: off")
+    parallel_start_layer: int = knob(7, "two-lane decoder from this layer; 0 or negative: off")
     parallel_final_lane: str = knob("mean", "what leaves the two lanes", choices=("mean", "attn", "mlp"))
     parallel_residual_start: int = knob(-1, "GPT-J parallel residual from this layer; negative: off")
     smear_gate_enabled: bool = knob(True, "mix the previous token's embedding in, never over BOS")
@@ -160,9 +159,18 @@ class Config:
     attn_clip_sigmas: float = knob(13.0, "clip of attention matrices", above=0)
     mlp_clip_sigmas: float = knob(11.5, "clip of MLP matrices", above=0)
     embed_clip_sigmas: float = knob(14.0, "clip of the embedding", above=0)
-    adaptive_hessian_clip: bool = knob(False, "clip per tensor from Hessian and variance (PR 1689)", later=LATER_QUANT)
-    hessian_clip_lambda: float = knob(0.0, "weight of row importance in the clip (PR 1412)", at_least=0, later=LATER_QUANT)
-    mixed_precision_hessian: bool = knob(False, "bits by Hessian sensitivity (PR 1962: a negative result)", later=LATER_QUANT)
+    clip_rule: str = knob("fisher", "how steps are shared out over rows and tensors (ADAPTIVE_HESSIAN_CLIP=1: adaptive)",
+                          choices=("hand", "adaptive", "fisher"))
+    adaptive_hessian_clip: bool = knob(False, "clip per tensor from Hessian and variance (PR 1689)")
+    hessian_clip_lambda: float = knob(0.0, "weight of row importance in the clip (PR 1412)", at_least=0)
+    fisher_batches: int = knob(128, "small training batches for the squared gradients", at_least=2)
+    fisher_row_power: float = knob(0.5, "step ~ sensitivity ^ -this between the rows of a tensor", at_least=0, at_most=1)
+    fisher_tensor_power: float = knob(0.5, "the same between tensors", at_least=0, at_most=1)
+    fisher_hessian: float = knob(0.0, "share of the squared gradients in the Hessians of GPTQ", at_least=0, at_most=1)
+    target_bytes: int = knob(CAP_BYTES, "code + model end just under this; 0: fixed clips", at_least=0, at_most=CAP_BYTES)
+    step_grid: int = knob(8, "steps on a grid of so many parts of an octave; 0: any float16", choices=(0, 1, 2, 4, 8, 16))
+    small_mantissa_bits: int = knob(7, "mantissa bits kept of the tensors stored as float16 (10: all)", at_least=2, at_most=10)
+    mixed_precision_hessian: bool = knob(False, "bits by Hessian sensitivity (PR 1962: a negative result)")
     mixed_precision_bits_low: int = knob(5, "bits of the least sensitive", at_least=2, at_most=8)
     mixed_precision_bits_high: int = knob(7, "bits of the most sensitive", at_least=2, at_most=8)
     mixed_precision_low_frac: float = knob(0.25, "share of the least sensitive", at_least=0, at_most=1)
@@ -172,7 +180,8 @@ class Config:
     clip_mult_mid: float = knob(1.0, "clip multiplier, the rest", above=0)
     clip_mult_late: float = knob(1.0, "clip multiplier, layers 8 and up", above=0)
     gptq_calibration_batches: int = knob(16, "training batches for the Hessians", at_least=1)
-    lqer_enabled: bool = knob(False, "low-rank repair of the worst tensors", later=LATER_QUANT)
+    lqer_enabled: bool = knob(False, "low-rank repair of the worst tensors")
+    lqer_pick: str = knob("norm", "the worst by the error's norm, or as seen through the Hessian", choices=("norm", "hessian"))
     lqer_asym_enabled: bool = knob(True, "its asymmetric int2/int4 coding")
     lqer_rank: int = knob(4, "its rank", at_least=1)
     lqer_top_k: int = knob(3, "tensors repaired", at_least=0)
@@ -183,7 +192,7 @@ class Config:
     # evaluation
     sliding_window_enabled: bool = knob(False, "also score with a sliding window")
     eval_stride: int = knob(64, "tokens scored by each window", at_least=1)
-    eval_seq_len: int = knob(2048, "longest context in evaluation", at_least=2)
+    eval_seq_len: int = knob(2048, "longest context in evaluation", at_least=2, at_most=2 ** 31 - 1)
     val_batch_tokens: int = knob(524288, "validation tokens in flight over 8 micro-batches", at_least=8)
     windowed_eval_enabled: bool = knob(False, "also score in one pass with windowed attention")
     eval_time_limit: float = knob(EVAL_BUDGET_SECONDS, "seconds from artifact to score: adapting stops in time for it; 0: none", at_least=0)
@@ -290,11 +299,19 @@ CONTRADICTIONS: list[tuple[Callable[[Config], bool], str]] = [
      "PARALLEL_START_LAYER={parallel_start_layer} must come after LOOP_END={loop_end}: lanes cannot loop"),
     (lambda c: c.mixed_precision_low_frac + c.mixed_precision_high_frac > 1,
      "MIXED_PRECISION_LOW_FRAC and MIXED_PRECISION_HIGH_FRAC add up to more than 1"),
+    (lambda c: c.mixed_precision_bits_low > c.mixed_precision_bits_high,
+     "MIXED_PRECISION_BITS_LOW={mixed_precision_bits_low} exceeds MIXED_PRECISION_BITS_HIGH={mixed_precision_bits_high}"),
+    (lambda c: c.adaptive_hessian_clip and c.clip_rule != "adaptive",
+     "ADAPTIVE_HESSIAN_CLIP=1 contradicts CLIP_RULE={clip_rule}: set one of them"),
+    (lambda c: c.mixed_precision_hessian and c.clip_rule == "fisher",
+     "MIXED_PRECISION_HESSIAN=1 needs CLIP_RULE=hand or adaptive: under fisher the steps alone set the bits"),
     (lambda c: c.prequant_only + c.quantize_only + c.ttt_eval_only > 1,
      "at most one of PREQUANT_ONLY, QUANTIZE_ONLY, TTT_EVAL_ONLY can be 1"),
     (lambda c: c.resume and (c.quantize_only or c.ttt_eval_only), "RESUME=1 needs training: not with QUANTIZE_ONLY or TTT_EVAL_ONLY"),
     (lambda c: c.val_batch_tokens // 8 < c.eval_seq_len,
      "VAL_BATCH_TOKENS={val_batch_tokens} must be at least 8 x EVAL_SEQ_LEN={eval_seq_len}"),
+    (lambda c: c.sliding_window_enabled and c.eval_stride > c.eval_seq_len,
+     "EVAL_STRIDE={eval_stride} must be at most EVAL_SEQ_LEN={eval_seq_len}: windows would miss tokens"),
     (lambda c: c.ttt_protocol == "cached" and c.ttt_chunk_size + c.ttt_live_tokens > c.ttt_eval_seq_len,
      "TTT_CHUNK_SIZE={ttt_chunk_size} and TTT_LIVE_TOKENS={ttt_live_tokens} exceed TTT_EVAL_SEQ_LEN={ttt_eval_seq_len} together"),
     (lambda c: c.ttt_chunk_size > c.ttt_eval_seq_len,
@@ -348,7 +365,7 @@ def load_config(env: dict[str, str]) -> tuple[Config, list[str]]:
     for name, text in env.items():
         target = ALIASES.get(name, name)
         if target in table:
-            if target in given and env.get(target) != text:
+            if name != target and env.get(target, text) != text:
                 raise UserError(f"{name}={text!r} contradicts {target}={env[target]!r}: set one of them")
             given[target] = parse_knob(table[target], text)
     warnings = []
@@ -361,6 +378,8 @@ def load_config(env: dict[str, str]) -> tuple[Config, list[str]]:
     paths = {"data_path": config.data_path or f"{config.data_dir}/datasets/fineweb10B_sp{config.vocab_size}{suffix}",
              "tokenizer_path": config.tokenizer_path or f"{config.data_dir}/tokenizers/fineweb_{config.vocab_size}_bpe{suffix}.model",
              "run_id": config.run_id or str(uuid.uuid4())}
+    if config.adaptive_hessian_clip and "CLIP_RULE" not in given:
+        paths["clip_rule"] = "adaptive"
     config = Config(**{**asdict(config), **paths})
     for broken, message in CONTRADICTIONS:
         if broken(config):
@@ -392,6 +411,8 @@ class World:
                                                      (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         except ValueError:
             raise UserError("RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: start with torchrun, or unset them") from None
+        if not 0 <= self.rank < self.size or ("RANK" in env or self.size > 1) and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(env):
+            raise UserError("RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT do not belong together: start with torchrun, or unset them")
         if torch.cuda.is_available():
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(f"local rank {self.local_rank} has no GPU: {torch.cuda.device_count()} are visible; lower --nproc_per_node")
@@ -464,8 +485,14 @@ class Log:
             return
         if console:
             print(text, flush=True)
-        if self.file:
-            print(text, file=self.file)
+        try:
+            if self.file:
+                print(text, file=self.file)
+        except OSError as e:                # a full disk must not end the run
+            print(f"warning: the log file ends here: {e.strerror}", flush=True)
+            with contextlib.suppress(OSError):
+                self.file.close()
+            self.file = None
 
 
 class Ledger:
@@ -535,11 +562,12 @@ def write_atomically(path: Path, data: bytes):
         raise UserError(f"cannot write {path} ({len(data):,} bytes): {e.strerror}") from None
 
 
-def checksum(tensors: dict[str, Tensor]) -> int:
-    """CRC-32 over names and bytes, in name order."""
-    crc = 0
-    for name in sorted(tensors):
-        crc = zlib.crc32(tensors[name].detach().contiguous().cpu().view(torch.uint8).reshape(-1).numpy(), zlib.crc32(name.encode(), crc))
+def checksum(tensors: dict[str, Tensor], state: dict) -> int:
+    """CRC-32 over the state, and names, shapes, types and bytes of the tensors in name order."""
+    crc = zlib.crc32(json.dumps(state, sort_keys=True).encode())
+    for name, t in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {t.dtype} {list(t.shape)}".encode(), crc)
+        crc = zlib.crc32(t.reshape(-1).view(torch.uint8).numpy(), crc)      # reshape first: a 0-dim tensor has no byte view
     return crc
 
 
@@ -547,7 +575,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], state: dict):
     """safetensors whose metadata is `state` as JSON, plus a checksum of the tensors."""
     from safetensors.torch import save
     tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
-    write_atomically(path, save(tensors, {"state": json.dumps({**state, "crc32": checksum(tensors)})}))
+    write_atomically(path, save(tensors, {"state": json.dumps({**state, "crc32": checksum(tensors, state)})}))
 
 
 def load_tensors(path: Path, config: Config) -> tuple[dict[str, Tensor], dict]:
@@ -561,7 +589,7 @@ def load_tensors(path: Path, config: Config) -> tuple[dict[str, Tensor], dict]:
             tensors = {name: f.get_tensor(name) for name in f.keys()}
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(f"{path} is damaged: {str(e).splitlines()[0]}") from None
-    if "crc32" in state and state["crc32"] != checksum(tensors):
+    if not isinstance(state, dict) or ("crc32" in state and state.pop("crc32") != checksum(tensors, state)):
         raise UserError(f"{path} is damaged: its tensors do not match their checksum")
     check_same_model(path, state.get("model", {}), config)
     return tensors, state
@@ -591,10 +619,14 @@ class Signals:
         signal.signal(number, signal.SIG_DFL)
 
 
+def packed_source() -> str:
+    """The text that a packed script unpacked and runs, or "" (see ARTIFACT)."""
+    return getattr(sys.modules[__name__], "PACKED_SOURCE", "")
+
+
 def script_source() -> str:
     """This program's own text: of the file, or of what a packed script unpacked (see ARTIFACT)."""
-    packed = globals().get("PACKED_SOURCE")
-    return packed if packed else Path(__file__).read_text()
+    return packed_source() or Path(__file__).read_text()
 
 
 def log_provenance(run: Run, attention: str, shards: list[Path]):
@@ -641,10 +673,13 @@ def find_shards(config: Config, split: str, kind: str = "") -> list[Path]:
 
 def read_shard(path: Path, vocab_size: int, sample: bool = True) -> np.memmap:
     """Tokens of one shard, uint16 memory map. Raises UserError unless magic, version, size and ids are right."""
-    size = path.stat().st_size
-    if size < HEADER_BYTES:
-        raise UserError(f"{path} has {size} bytes: expected a header of {HEADER_BYTES}")
-    header = np.fromfile(path, "<i4", 256)
+    try:
+        size = path.stat().st_size
+        if size < HEADER_BYTES and path.is_file():
+            raise UserError(f"{path} has {size} bytes: expected a header of {HEADER_BYTES}")
+        header = np.fromfile(path, "<i4", 256)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from None
     if header[0] != MAGIC or header[1] != VERSION:
         raise UserError(f"{path} begins with ({header[0]}, {header[1]}): expected magic {MAGIC} and version {VERSION}")
     expected = HEADER_BYTES + 2 * int(header[2])
@@ -680,6 +715,7 @@ class Segments(NamedTuple):
     """Documents of a packed row: attention never crosses them. cu_seqlens int32 [n], entries past the last = T."""
     cu_seqlens: Tensor
     longest: int
+    fresh: Tensor | None = None     # bool [1, T]: the token before is no neighbour in the text, nothing is smeared in
     window: int = 0         # positions that one position sees, itself included; 0: all before it
 
 
@@ -741,7 +777,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     cu = move(batch.segments.cu_seqlens)
     if device.type == "cuda":
         torch._dynamo.mark_dynamic(cu, 0)
-    return Batch(move(batch.ids), move(batch.targets), batch.segments._replace(cu_seqlens=cu), batch.cursor)
+    fresh = None if batch.segments.fresh is None else move(batch.segments.fresh)
+    return Batch(move(batch.ids), move(batch.targets), batch.segments._replace(cu_seqlens=cu, fresh=fresh), batch.cursor)
 
 
 class Prefetcher:
@@ -761,12 +798,14 @@ class Prefetcher:
                 if self.device.type == "cuda":
                     item = Batch(item.ids.pin_memory(), item.targets.pin_memory(),
                                  Segments(item.segments.cu_seqlens.pin_memory(), item.segments.longest), item.cursor)
-                while not self.stopped.is_set():
-                    with contextlib.suppress(queue.Full):
-                        self.queue.put(item, timeout=0.2)
-                        break
+                self.put(item)
         except BaseException as e:          # handed to next(): a thread's exception would go unseen
-            self.queue.put(e)
+            self.put(e)
+
+    def put(self, item):
+        while not self.stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                return self.queue.put(item, timeout=0.2)
 
     def next(self) -> Batch:
         item = self.queue.get()
@@ -830,8 +869,9 @@ def check_byte_counts(tokens: np.ndarray, counts: np.ndarray, tokenizer, documen
     """Compare the byte counts of the first documents with their decoded text; raises UserError where they differ."""
     starts = [*np.flatnonzero(tokens == BOS)[: documents + 1], len(tokens)]
     for a, b in zip(starts[:documents], starts[1:]):
-        text = tokenizer.decode(tokens[a + 1: b].tolist())
-        if "\ufffd" not in text and len(text.encode()) != counts[a: b].sum():
+        ids = tokens[a + 1: b].tolist()
+        text = tokenizer.decode(ids)
+        if "\ufffd" not in text and tokenizer.unk_id() not in ids and len(text.encode()) != counts[a: b].sum():
             raise UserError(f"bytes of the validation document at token {a} add up to {counts[a: b].sum()}: "
                             f"its text has {len(text.encode())}")
     return min(documents, len(starts) - 1)
@@ -1273,7 +1313,7 @@ def attend_fa3(q, k, v, segments: Segments | None, window: int = 0) -> Tensor:
     if segments is None:
         y = flash_attn_func(q, k, v, **limits)
     else:
-        cu, longest, _ = segments
+        cu, longest = segments[:2]
         y = flash_attn_varlen_func(q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest,
                                    max_seqlen_k=longest, **limits)[None]
     return y
@@ -1291,7 +1331,7 @@ def attend_varlen(q, k, v, segments: Segments | None, window: int = 0) -> Tensor
         options["enable_gqa"] = groups > 1
     elif groups > 1:
         k, v = (t.repeat_interleave(groups, 2) for t in (k, v))
-    cu, longest, _ = segments
+    cu, longest = segments[:2]
     return varlen_attn(q[0], k[0], v[0], cu, cu, longest, longest, **options)[None]
 
 
@@ -1426,12 +1466,14 @@ def block(x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip | None, w: Laye
             (keep[1] * lane + add[0, 1] * att + add[1, 1] * out).to(dtype), fresh)
 
 
-def embed(ids_BT: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Token embedding, SmearGate and norm. A BOS takes nothing from the token before it: documents stay apart."""
+def embed(ids_BT: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, dtype: torch.dtype,
+          fresh_BT: Tensor | None = None) -> Tensor:
+    """Token embedding, SmearGate and norm. A BOS (and where `fresh`) takes nothing from the token before it."""
     x = F.embedding(ids_BT, table).to(dtype)
     if gate is not None:
         z = F.linear(x[..., : gate.shape[1]], gate.to(dtype)).float()
-        amount = strength * torch.sigmoid(z) * (ids_BT != BOS)[..., None]
+        follows = ids_BT != BOS if fresh_BT is None else (ids_BT != BOS) & ~fresh_BT
+        amount = strength * torch.sigmoid(z) * follows[..., None]
         x = (x + amount * F.pad(x, (0, 0, 1, 0))[:, :-1]).to(dtype)
     return norm(x)
 
@@ -1545,7 +1587,8 @@ class GPT(nn.Module):
         run = self.block if compiled else block
         flexible = mark_flexible if self.compiled and adapters else lambda *tensors: None
         flexible(ids_BT, *(t for lora in adapters_of(adapters) for t in lora[:2]))
-        x = (self.embed if compiled else embed)(ids_BT, self.tok_emb, self.smear_gate, self.smear_lambda, self.dtype)
+        x = (self.embed if compiled else embed)(ids_BT, self.tok_emb, self.smear_gate, self.smear_lambda, self.dtype,
+                                                segments.fresh if segments else None)
         x0 = x = x[:, 1:] if start else x
         layers, lane, skips = self.layers(), None, []
         length = x.shape[1]
@@ -2011,9 +2054,9 @@ class Trainer:
         if c.resume:
             stream.cursor, elapsed = self.load()
         limit = max(c.max_wallclock_seconds - reserve, 0.001) if c.max_wallclock_seconds else 0.0
+        loops, epoch = -1, stream.epoch         # before the prefetcher moves the stream
         signals, batches = Signals(), Prefetcher(stream, run.world.device)
         self.clock = Clock(run.world, limit, elapsed)
-        loops, epoch = -1, stream.epoch
         try:
             while True:
                 elapsed, signal_number = self.clock.tick(self.step, signals.received)
@@ -2069,11 +2112,14 @@ class Trainer:
         tensors, state = load_tensors(path, self.run.config)
         if state.get("seed") != self.run.config.seed:
             raise UserError(f"{path} was made with SEED={state.get('seed')}, this run has {self.run.config.seed}")
-        for (name, p), average in zip(self.model.named_parameters(), self.ema):
-            p.copy_(tensors[f"weights.{name}"])
-            average.copy_(tensors[f"ema.{name}"])
-        self.optimizers.load(tensors)
-        self.step = state["step"]
+        try:
+            for (name, p), average in zip(self.model.named_parameters(), self.ema):
+                p.copy_(tensors[f"weights.{name}"])
+                average.copy_(tensors[f"ema.{name}"])
+            self.optimizers.load(tensors)
+            self.step = state["step"]
+        except KeyError as e:
+            raise UserError(f"{path} lacks {e.args[0]}: expected a checkpoint of this configuration") from None
         self.run.log(f"resumed step:{self.step} elapsed:{state['elapsed']:.2f}s from {path}")
         return state["cursor"], state["elapsed"]
 
@@ -2104,6 +2150,11 @@ def hessian_key(name: str) -> str:
     return f"blocks.{i}.{HESSIAN_OF.get(part, part)}"
 
 
+def input_key(name: str, table: dict) -> str:
+    """Key of a matrix in a table of Hessians or factors: its own, or that of the input that it shares."""
+    return name if name in table else hessian_key(name)
+
+
 @torch.no_grad()
 def collect_hessians(run: Run, model: GPT, shards: list[np.ndarray], batches: int) -> dict[str, Tensor]:
     """H = sum x x^T / batches of every matrix's input over training batches, averaged over ranks. float32 [in, in].
@@ -2132,6 +2183,61 @@ def collect_hessians(run: Run, model: GPT, shards: list[np.ndarray], batches: in
     return {name: part.view_as(h) for (name, h), part in zip(hessians.items(), parts)}
 
 
+class Sensitivity(NamedTuple):
+    """What the loss feels of a matrix: its mean squared gradients, in the unit of the loss of one batch."""
+    rows: Tensor            # float64 [2, R]: of every row, from even and from odd batches (their agreement shows the noise)
+    columns: Tensor         # float32 [C, C]: gradient products G^T G, a Hessian that knows which inputs matter to the loss
+
+
+FISHER_TOKENS = 4096        # of a batch: small batches give many independent gradients
+NO_TAP = lambda name, value: None       # a forward with a tap is not compiled: no graph for one more length
+
+
+def collect_sensitivity(run: Run, model: GPT, shards: list[np.ndarray], names: list[str], factors: dict[str, Factor],
+                        batches: int) -> dict[str, Sensitivity]:
+    """Fisher sensitivity of each matrix (file names) over `batches` small training batches, averaged over ranks.
+
+    GPTQ makes errors of the shape step * noise * V, V = U / diag(U) (QUANTIZE), so the loss grows by
+    step^2 / 24 * E |g V^T|^2 for a row with gradient g. That is what is averaged, not |g|^2: the two differ where GPTQ
+    can hide an error in directions that the inputs do not use. Sums over a batch's tokens are squared, so what a layer
+    does in several passes and at several positions counts with its correlation.
+    """
+    c, world = run.config, run.world
+    tokens = min(FISHER_TOKENS, micro_batch(c, world.size)[1])
+    stream = TokenStream(shards, world.rank, world.size, tokens, c.train_seq_len)
+    parameters = dict(model.named_parameters())
+    rows: dict[str, Tensor] = {}
+    columns: dict[str, Tensor] = {}
+    mine = max(-(-batches // world.size), 2)
+    progress = Progress(run.log, "fisher", mine)
+    for i in range(mine):
+        batch = to_device(to_batch(stream.next()[0], c.train_seq_len), world.device)
+        loss = model.losses(batch.ids, batch.targets, batch.segments, tap=NO_TAP).sum()
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters.values(), gradients)]
+        gradients = export_weights(dict(zip(parameters, gradients)), c.num_layers)
+        with matmul_precision("high"), torch.no_grad():
+            for name in names:
+                g = gradients[name].float()
+                if name not in rows:
+                    rows[name] = torch.zeros(2, len(g), dtype=torch.float64, device=g.device)
+                    columns[name] = torch.zeros(g.shape[1], g.shape[1], device=g.device)
+                columns[name].addmm_(g.T, g)
+                if (key := input_key(name, factors)) in factors:
+                    factor = factors[key]
+                    g = (g * factor.live)[:, factor.order] @ (factor.u / factor.u.diagonal()[:, None]).T
+                rows[name][i % 2] += g.square().sum(1)
+        progress(i + 1)
+    flat = world.mean(torch.cat([t.flatten().double() for name in names for t in (rows[name], columns[name])])) / mine
+    parts = iter(flat.split([t.numel() for name in names for t in (rows[name], columns[name])]))
+    return {name: Sensitivity(next(parts).view_as(rows[name]), next(parts).view_as(columns[name]).float()) for name in names}
+
+
+def token_counts(shards: list[np.ndarray], vocab_size: int) -> Tensor:
+    """How often each token occurs at the start of the training data (float64)."""
+    return torch.from_numpy(np.bincount(shards[0][:4_000_000], minlength=vocab_size)).double()
+
+
 @contextlib.contextmanager
 def matmul_precision(name: str):
     """Float32 matmul precision inside a with-block: "high" allows TF32, "highest" does not."""
@@ -2149,6 +2255,7 @@ def matmul_precision(name: str):
 
 SMALLEST_QUANTISED = 65_536         # matrices of more elements go through GPTQ
 SMALLEST_STEP = 2.0 ** -14          # smallest normal float16
+LARGEST_STEP = 2.0 ** 15
 
 
 class IntTensor(NamedTuple):
@@ -2195,10 +2302,23 @@ def clip_sigma(name: str, config: Config) -> float:
     return getattr(config, role_of(name).clip) * (getattr(config, f"clip_mult_{group}") if group else 1.0)
 
 
+def raw_steps(w_NRC: Tensor, sigma_N: Tensor, bits: int) -> Tensor:
+    """SDClip (PR 1394): sigma * std(row) / q_max, float32 [N, R]."""
+    return sigma_N[:, None] * w_NRC.std(dim=2) / largest(bits)
+
+
+def snap_steps(steps: Tensor, w_NRC: Tensor, bits: int, grid: int = 0) -> Tensor:
+    """Steps as they are stored: float16, on a grid of `grid` parts of an octave. A row that hardly varies gets the step
+    that still reaches its mean."""
+    steps = torch.maximum(steps, w_NRC.mean(dim=2).abs() / largest(bits)).clamp(SMALLEST_STEP, LARGEST_STEP).half()
+    if grid:
+        steps = torch.from_numpy(on_grid(grid_index(steps.cpu().numpy(), grid), grid)).to(steps.device)
+    return steps
+
+
 def row_steps(w_NRC: Tensor, sigma_N: Tensor, bits: int) -> Tensor:
-    """Step of every row: sigma * std(row) / q_max, rounded to float16 [N, R]."""
-    steps = sigma_N[:, None] * w_NRC.std(dim=2) / largest(bits)
-    return steps.clamp_min(SMALLEST_STEP).half()
+    """Step of every row under hand-set sigmas, float16 [N, R]."""
+    return snap_steps(raw_steps(w_NRC, sigma_N, bits), w_NRC, bits)
 
 
 def grid_index(steps: np.ndarray, parts: int) -> np.ndarray:
@@ -2235,6 +2355,29 @@ def inverse_factor(h_NCC: Tensor, warn: Callable[[str], None]) -> Tensor:
     return out.float()
 
 
+class Factor(NamedTuple):
+    """What GPTQ needs of a Hessian, made once however often its matrices are quantised. Batched as [N, ...] or single."""
+    order: Tensor           # int64 [C]: columns by falling diag H
+    u: Tensor               # float32 [C, C]: inverse_factor of H in that order
+    live: Tensor            # bool [C]: inputs that are ever active, in the matrix's own order
+
+
+@torch.no_grad()
+def prepare(h_NCC: Tensor, warn: Callable[[str], None]) -> Factor:
+    """Hessians -> factors. A Hessian with NaN or infinity becomes the identity: its matrices are rounded to nearest."""
+    h = h_NCC.float().clone()
+    broken = ~h.isfinite().all(2).all(1)
+    if broken.any():
+        warn(f"warning: {int(broken.sum())} Hessians are not finite: their matrices are rounded to nearest")
+        h[broken] = torch.eye(h.shape[1], device=h.device)
+    dead = ~(h.diagonal(dim1=1, dim2=2) > 0)
+    h.masked_fill_(dead[:, None, :] | dead[:, :, None], 0.0)
+    h.diagonal(dim1=1, dim2=2).masked_fill_(dead, 1.0)
+    order = h.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    each = torch.arange(len(h), device=h.device)[:, None, None]
+    return Factor(order, inverse_factor(h[each, order[:, :, None], order[:, None, :]], warn), ~dead)
+
+
 @torch.no_grad()
 def gptq(w_NRC: Tensor, h_NCC: Tensor, step_NR: Tensor, bits: int, warn: Callable[[str], None] = print, block_size: int = 128) -> Tensor:
     """GPTQ (arXiv 2210.17323) of N matrices at once: integers int8 [N, R, C] that minimise the error seen through H.
@@ -2242,17 +2385,14 @@ def gptq(w_NRC: Tensor, h_NCC: Tensor, step_NR: Tensor, bits: int, warn: Callabl
     Columns in order of falling diag H; each column's rounding error is spread over those that follow. Inputs that are
     never active (H_jj = 0) get weight 0. step: float16 or float32 [N, R].
     """
-    w, h, q_max = w_NRC.float().clone(), h_NCC.float().clone(), largest(bits)
-    n, _, columns = w.shape
-    diagonal = h.diagonal(dim1=1, dim2=2)
-    dead = ~(diagonal > 0)
-    w.masked_fill_(dead[:, None, :], 0.0)
-    h.masked_fill_(dead[:, None, :] | dead[:, :, None], 0.0)
-    h.diagonal(dim1=1, dim2=2).masked_fill_(dead, 1.0)
-    order = h.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-    each = torch.arange(n, device=w.device)[:, None]
-    w = w.gather(2, order[:, None].expand_as(w)).contiguous()
-    u = inverse_factor(h[each[:, :, None], order[:, :, None], order[:, None, :]], warn)
+    return round_scalar(w_NRC, prepare(h_NCC, warn), step_NR, bits, block_size)
+
+
+@torch.no_grad()
+def round_scalar(w_NRC: Tensor, factor: Factor, step_NR: Tensor, bits: int, block_size: int = 128) -> Tensor:
+    """The loop of GPTQ over columns, in blocks, with plain rounding (a row of QUANTIZERS)."""
+    q_max, columns, u, order = largest(bits), w_NRC.shape[2], factor.u, factor.order
+    w = (w_NRC.float() * factor.live[:, None]).gather(2, order[:, None].expand_as(w_NRC)).contiguous()
     step = step_NR.float()
     q = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     with matmul_precision("highest"):
@@ -2269,48 +2409,329 @@ def gptq(w_NRC: Tensor, h_NCC: Tensor, step_NR: Tensor, bits: int, warn: Callabl
     return torch.empty_like(q).scatter_(2, order[:, None].expand_as(q), q)
 
 
+QUANTIZERS: dict[str, Callable[[Tensor, Factor, Tensor, int], Tensor]] = {"scalar": round_scalar}
+
+
 def weighted_square(e_RC: Tensor, h_CC: Tensor) -> float:
     """trace(E H E^T): the squared error of the layer's output over the calibration inputs."""
     return ((e_RC @ h_CC) * e_RC).sum(dtype=torch.float64).item()
 
 
+class Clip(NamedTuple):
+    """A rule's answer for one matrix: step = sigma * rows * std(row) / q_max(bits of its role)."""
+    sigma: float
+    rows: Tensor | None = None      # float32 [R], mean about 1
+
+
+class Calibration(NamedTuple):
+    """Everything that the rules know of a model, by file name (hessians: by hessian_key)."""
+    weights: dict[str, Tensor]
+    hessians: dict[str, Tensor]
+    sensitivity: dict[str, Sensitivity] = {}
+    counts: Tensor | None = None    # of the tokens
+
+
+def hand_rule(names: list[str], known: Calibration, c: Config) -> dict[str, Clip]:
+    return {name: Clip(clip_sigma(name, c)) for name in names}
+
+
+def input_sensitivity(name: str, known: Calibration) -> float:
+    """mean(diag H) * mean(var(row)): PR 1689's measure of a matrix."""
+    h = known.hessians[hessian_key(name)]
+    return max(h.diagonal().double().mean().item() * known.weights[name].double().var(dim=1).mean().item(), 1e-30)
+
+
+def adaptive_rule(names: list[str], known: Calibration, c: Config) -> dict[str, Clip]:
+    """PR 1689: sigma ~ sensitivity^-0.15 within 6 .. 24, the element-weighted mean of ln sigma as hand-set.
+
+    Embeddings keep the hand-set sigma.
+    """
+    clips = hand_rule(names, known, c)
+    matrices = [name for name in names if name.startswith("blocks.")]
+    if not matrices:
+        return clips
+    slope = torch.tensor([-0.15 * math.log(input_sensitivity(n, known)) for n in matrices], dtype=torch.float64)
+    size = torch.tensor([known.weights[n].numel() for n in matrices], dtype=torch.float64)
+    size /= size.sum()
+    aim = (size * torch.tensor([math.log(clips[n].sigma) for n in matrices], dtype=torch.float64)).sum()
+    low, high = -20.0, 20.0
+    sigmas = lambda offset: (slope + offset).exp().clamp(6, 24)
+    for _ in range(64):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (size * sigmas(middle).log()).sum() < aim else (low, middle)
+    return clips | {n: Clip(sigma) for n, sigma in zip(matrices, sigmas((low + high) / 2).tolist())}
+
+
+def steady(rows_2R: Tensor, prior_R: Tensor) -> Tensor:
+    """Mean of two noisy halves, drawn towards the prior as far as the halves disagree. float64 [R], positive."""
+    logs = rows_2R.log() - prior_R.log()
+    logs = logs - logs.mean(1, keepdim=True)
+    agreement = ((logs[0] * logs[1]).mean() / (logs[0].var() * logs[1].var()).sqrt().clamp_min(1e-12)).clamp(0, 1).item()
+    trust = 2 * agreement / (1 + agreement)             # Spearman-Brown: of the mean of both halves
+    own = rows_2R.mean(0)
+    out = prior_R * (trust * (own / prior_R).log()).exp()
+    return out * own.mean() / out.mean()
+
+
+def neighbours_mean(values: Tensor, rank_by: Tensor, width: int = 65) -> Tensor:
+    """Mean of each value with those that stand next to it when sorted by rank_by."""
+    order = rank_by.argsort(stable=True)
+    padded = F.pad(values[order][None, None], (width // 2, width // 2), mode="replicate")
+    return torch.empty_like(values).index_copy_(0, order, F.avg_pool1d(padded, width, 1)[0, 0])
+
+
+EXTREME = 1e5           # more than this far from the usual is a row or tensor that training has not reached
+
+
+def fisher_rule(names: list[str], known: Calibration, c: Config) -> dict[str, Clip]:
+    """Steps by theory: at high rate the least loss for given bytes has step ~ (loss per step^2 and weight)^-1/2.
+
+    Rows of the embedding are compared with tokens about as frequent, other rows with their matrix. The element-weighted
+    mean of ln step is that of the hand-set sigmas.
+    """
+    logs, excess, size = {}, 0.0, 0
+    usual = float(np.median([known.sensitivity[name].rows.mean().item() / known.weights[name].shape[1] for name in names] or [1.0]))
+    for name in names:
+        w = known.weights[name].double()
+        seen = known.sensitivity[name].rows.to(w.device)
+        mean = seen.mean().clamp(usual * w.shape[1] / EXTREME + 1e-30, usual * w.shape[1] * EXTREME + 1e-30)
+        seen = seen.clamp(mean / EXTREME, mean * EXTREME)
+        prior = mean.expand(len(w))
+        if known.counts is not None and len(known.counts) == len(w):
+            prior = neighbours_mean(seen.mean(0), known.counts.to(w.device))
+        rows = (steady(seen, prior) / mean).log()
+        spread = w.std(dim=1).clamp_min(1e-12)
+        logs[name] = -c.fisher_tensor_power * (mean / w.shape[1]).log() - c.fisher_row_power * rows - spread.log()
+        group = layer_group(name, c)
+        hand = math.log(getattr(c, role_of(name).clip) / largest(getattr(c, role_of(name).bits)))
+        excess += (logs[name].mean().item() - hand) * w.numel()
+        logs[name] += math.log(largest(getattr(c, role_of(name).bits)) * (getattr(c, f"clip_mult_{group}") if group else 1))
+        size += w.numel()
+    logs = {name: x - excess / size for name, x in logs.items()}
+    return {name: Clip(x.mean().exp().item(), (x - x.mean()).exp().float()) for name, x in logs.items()}
+
+
+CLIP_RULES: dict[str, Callable[[list[str], Calibration, Config], dict[str, Clip]]] = {
+    "hand": hand_rule, "adaptive": adaptive_rule, "fisher": fisher_rule}
+
+
+def row_importance(w_RC: Tensor, h_CC: Tensor) -> Tensor:
+    """PR 1412: r_r = mean_j |W_rj| h_j / its mean over rows, h_j = H_jj / mean(diag H). float32 [R]."""
+    h = h_CC.diagonal()
+    r = (w_RC.float().abs() * (h / h.mean().clamp_min(1e-30))).mean(1)
+    return r / r.mean().clamp_min(1e-30)
+
+
+def matrix_bits(names: list[str], known: Calibration, c: Config) -> dict[str, int]:
+    """Bits of each matrix: its role's, or with MIXED_PRECISION_HESSIAN by sensitivity (PR 1962)."""
+    bits = {name: getattr(c, role_of(name).bits) for name in names}
+    if c.mixed_precision_hessian:
+        ranked = sorted((n for n in names if n.startswith("blocks.")), key=lambda n: input_sensitivity(n, known))
+        low, high = (int(len(ranked) * f) for f in (c.mixed_precision_low_frac, c.mixed_precision_high_frac))
+        bits.update(dict.fromkeys(ranked[:low], c.mixed_precision_bits_low))
+        bits.update(dict.fromkeys(ranked[len(ranked) - high:], c.mixed_precision_bits_high))
+    return bits
+
+
+def shorten_mantissa(t: Tensor, bits: int) -> Tensor:
+    """float16 with only the first `bits` bits of its mantissa in use, to nearest."""
+    half, drop = t.half(), 10 - bits
+    if not drop:
+        return half
+    rounded = ((half.view(torch.int16).int() + (1 << drop >> 1)) >> drop << drop).to(torch.int16).view(torch.float16)
+    return torch.where(rounded.isfinite(), rounded, half)
+
+
+class Batched(NamedTuple):
+    """Matrices of one shape and bits, which go through the quantiser together."""
+    names: list[str]
+    w: Tensor               # float32 [N, R, C]
+    steps: Tensor           # float32 [N, R], as the rule wants them
+    finest: Tensor          # float32 [N, R], that cut no weight off
+    energy: Tensor          # float32 [N, R]: mean squares
+    bits: int               # of the integers
+    mine: list[int]         # those that this rank quantises
+    factor: Factor | None   # of those
+
+
+class Quantizer:
+    """Calibrated weights, ready to be quantised with any multiplier of all steps.
+
+    Matrices of one shape go through GPTQ in one batch, shared out over ranks; every rank returns everything.
+    """
+
+    def __init__(self, run: Run, known: Calibration, factors: dict[str, Factor] | None = None):
+        c, world = self.c, self.world = run.config, run.world
+        self.run, self.known = run, known
+        names = [name for name, t in known.weights.items() if is_quantised(name, t)]
+        if factors is None:
+            factors = prepare_all(run, known.hessians)
+        # an untied embedding is a table of rows, not a product: it has no Hessian and is rounded
+        self.hessian = {n: known.hessians.get(hessian_key(n)) for n in names}
+        if not c.tie_embeddings and "tok_emb.weight" in self.hessian:
+            self.hessian["tok_emb.weight"] = None
+        self.clips = CLIP_RULES[c.clip_rule](names, known, c)
+        if c.hessian_clip_lambda:
+            for name in names:
+                if self.hessian[name] is not None:
+                    rows = 1 + c.hessian_clip_lambda * (row_importance(known.weights[name], self.hessian[name]) - 1)
+                    clip = self.clips[name]
+                    self.clips[name] = clip._replace(rows=rows if clip.rows is None else rows * clip.rows)
+        self.bits = matrix_bits(names, known, c)
+        groups: dict[tuple, list[str]] = {}
+        for name in names:
+            groups.setdefault((known.weights[name].shape, self.bits[name]), []).append(name)
+        self.batches = []
+        for (shape, bits), group in groups.items():
+            mine = list(range(world.rank, len(group), world.size))
+            chosen = [factors[input_key(group[i], factors)] if self.hessian[group[i]] is not None
+                      else no_factor(shape[1], world.device) for i in mine]
+            w = torch.stack([known.weights[name].float() for name in group]).to(world.device)
+            steps = raw_steps(w, torch.tensor([self.clips[name].sigma for name in group], device=w.device), bits)
+            for i, name in enumerate(group):
+                if self.clips[name].rows is not None:
+                    steps[i] *= self.clips[name].rows.to(w.device)
+            bits = 8 if c.clip_rule == "fisher" else bits       # with an entropy coder behind, a longer reach costs nothing
+            self.batches.append(Batched(group, w, steps, w.abs().amax(2) / largest(bits), w.square().mean(2), bits, mine,
+                                        Factor(*map(torch.stack, zip(*chosen))) if mine else None))
+
+    def steps(self, batch: Batched, multiplier: float) -> Tensor:
+        """Steps of a multiplier: never finer than the rule's where that would cut weights off."""
+        steps = torch.maximum(batch.steps * multiplier, torch.minimum(batch.steps, batch.finest))
+        return snap_steps(steps, batch.w, batch.bits, self.c.step_grid)
+
+    def estimate(self, multiplier: float) -> float:
+        """Bytes of the integers before any are made: rows as Gaussians of their own deviation."""
+        bits = 0.0
+        for batch in self.batches:
+            squares = (batch.energy / self.steps(batch, multiplier).float().square()).double()
+            bits += (0.5 * (1 + 2 * math.pi * math.e * squares).log2()).sum().item() * batch.w.shape[2]
+        return bits / 8
+
+    @torch.no_grad()
+    def __call__(self, multiplier: float = 1.0) -> dict[str, IntTensor | HalfTensor]:
+        c, world, weights = self.c, self.world, self.known.weights
+        coded: dict[str, IntTensor | HalfTensor] = {}
+        for name, t in weights.items():
+            if name.endswith("attn_gate_w") and c.gated_attn_quant_gate:
+                step = (t.float().abs().amax(1) / 127).clamp_min(SMALLEST_STEP).half()
+                q = (t.float() / step.float()[:, None]).round().clamp(-127, 127)
+                coded[name] = IntTensor(q.to(torch.int8).cpu(), step.cpu(), 8)
+            elif name not in self.bits:
+                coded[name] = HalfTensor(shorten_mantissa(t, c.small_mantissa_bits).cpu())
+        errors = torch.zeros(len(self.bits), 2, dtype=torch.float64)
+        place = {name: i for i, name in enumerate(self.bits)}
+        for batch in self.batches:
+            steps = self.steps(batch, multiplier)
+            q = torch.zeros(batch.w.shape, dtype=torch.int8, device=world.device)
+            if batch.mine:
+                q[batch.mine] = QUANTIZERS["scalar"](batch.w[batch.mine], batch.factor, steps[batch.mine], batch.bits)
+            for i in batch.mine:
+                h = self.hessian[batch.names[i]]
+                error = batch.w[i] - q[i].float() * steps[i].float()[:, None]
+                for j, x in enumerate((error, batch.w[i])):
+                    errors[place[batch.names[i]], j] = x.double().square().sum().item() if h is None else weighted_square(x, h)
+            world.sum(q)
+            coded.update({name: IntTensor(q[i].cpu(), steps[i].cpu(), batch.bits) for i, name in enumerate(batch.names)})
+        self.errors = dict(zip(self.bits, world.sum(errors).tolist()))
+        coded = {name: coded[name] for name in weights}
+        return repair(self, coded) if c.lqer_enabled else coded
+
+    def log_table(self, coded: dict[str, IntTensor | HalfTensor]):
+        """The sigma of every matrix as it came out, and one line on the whole."""
+        c, sigmas = self.c, {}
+        for name, bits in self.bits.items():
+            if c.clip_rule != "adaptive" or name.startswith("blocks."):
+                spread = self.known.weights[name].double().std(dim=1).clamp_min(1e-12).cpu()
+                sigmas[name] = (coded[name].step.double() * largest(bits) / spread).log().mean().exp().item()
+        table = "\n".join(f"    {name}: {sigma:.2f}" for name, sigma in sigmas.items())
+        self.run.log(f"GPTQ clip_sigmas (rule:{c.clip_rule}, {len(sigmas)} tensors):\n{table}", console=False)
+        error, energy = (sum(e[i] for e in self.errors.values() if math.isfinite(e[0] + e[1])) for i in range(2))
+        self.run.log(f"gptq_summary quantizer:scalar entropy_bytes:{entropy_bytes(coded):.0f} "
+                     f"weighted_error:{error / max(energy, 1e-30):.6g}")
+
+
+def no_factor(columns: int, device) -> Factor:
+    """Rounding to nearest."""
+    live = torch.ones(columns, dtype=torch.bool, device=device)
+    return Factor(torch.arange(columns, device=device), torch.eye(columns, device=device), live)
+
+
+def prepare_all(run: Run, hessians: dict[str, Tensor]) -> dict[str, Factor]:
+    """Factors of all Hessians, those of one size together."""
+    sizes: dict[int, list[str]] = {}
+    for name, h in hessians.items():
+        sizes.setdefault(len(h), []).append(name)
+    out = {}
+    for names in sizes.values():
+        out.update(zip(names, map(Factor._make, zip(*prepare(torch.stack([hessians[n] for n in names]), run.log)))))
+    return out
+
+
+def quantize(run: Run, weights: dict[str, Tensor], hessians: dict[str, Tensor], sensitivity: dict[str, Sensitivity] | None = None,
+             counts: Tensor | None = None) -> dict[str, IntTensor | HalfTensor]:
+    """Weights under their file names -> their codes, with the clips of the rule; every rank returns everything."""
+    quantizer = Quantizer(run, Calibration(weights, hessians, sensitivity or {}, counts))
+    coded = quantizer()
+    quantizer.log_table(coded)
+    return coded
+
+
+# ======================================================================================================================
+# REPAIR: low-rank correction of the worst matrices (LQER: arXiv 2402.02446)
+# ======================================================================================================================
+
+LQER_SUFFIXES = (".lqer_a", ".lqer_b")
+
+
+def code_factor(x: Tensor, bits: int, group: int = 0) -> IntTensor:
+    """A factor as integers. group > 0: asymmetric, `group` values in reading order share a scale of max / (2^(bits-1) - 0.5),
+    values -2^(bits-1) .. 2^(bits-1) - 1. group = 0: symmetric, a scale for each row."""
+    parts = x.float().reshape(-1, group or x.shape[1])
+    top = 2 ** (bits - 1)
+    step = (parts.abs().amax(1) / (top - (0.5 if group else 1))).clamp(SMALLEST_STEP, LARGEST_STEP).half()
+    q = (parts / step.float()[:, None]).round().clamp(-top if group else 1 - top, top - 1)
+    return IntTensor(q.to(torch.int8).view(x.shape).cpu(), step.cpu(), bits)
+
+
+def low_rank(error_RC: Tensor, rank: int, h_CC: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A [R, rank] and B [rank, C] with the least |(E - A B) H^1/2|, or |E - A B| without H: truncated SVD."""
+    e = error_RC.double()
+    if h_CC is not None:
+        h = h_CC.double()
+        lower, info = torch.linalg.cholesky_ex(h + 0.01 * h.diagonal().mean() * torch.eye(len(h), device=h.device, dtype=h.dtype))
+        if int(info) == 0 and lower.isfinite().all():
+            a, b = low_rank(e @ lower, rank, None)
+            return a, torch.linalg.solve_triangular(lower.float(), b, upper=False, left=False)
+    vectors = torch.linalg.eigh(e.T @ e)[1][:, -rank:].flip(1)
+    return (e @ vectors).float(), vectors.T.float()
+
+
 @torch.no_grad()
-def quantize(run: Run, weights: dict[str, Tensor], hessians: dict[str, Tensor]) -> dict[str, IntTensor | HalfTensor]:
-    """Weights under their file names -> their codes. Matrices of one shape go through GPTQ in one batch, shared out
-    over ranks; every rank returns everything."""
-    c, world = run.config, run.world
-    coded: dict[str, IntTensor | HalfTensor] = {}
-    batches: dict[tuple, list[str]] = {}
-    for name, t in weights.items():
-        if is_quantised(name, t):
-            batches.setdefault((t.shape, getattr(c, role_of(name).bits)), []).append(name)
-        elif name.endswith("attn_gate_w") and c.gated_attn_quant_gate:
-            step = (t.float().abs().amax(1) / 127).clamp_min(SMALLEST_STEP).half()
-            coded[name] = IntTensor((t.float() / step.float()[:, None]).round().clamp(-127, 127).to(torch.int8).cpu(), step.cpu(), 8)
+def repair(quantizer: Quantizer, coded: dict[str, IntTensor | HalfTensor]) -> dict[str, IntTensor | HalfTensor]:
+    """Add the two factors of the LQER_TOP_K worst matrices, under their names and LQER_SUFFIXES."""
+    c, device = quantizer.c, quantizer.world.device
+    error = {n: quantizer.known.weights[n].float().to(device) - coded[n].decode().to(device) for n in quantizer.bits}
+    size = {n: quantizer.errors[n][0] if c.lqer_pick == "hessian" else e.square().sum().item() for n, e in error.items()}
+    out = dict(coded)
+    for name in sorted(size, key=size.get, reverse=True)[: c.lqer_top_k]:
+        rank = min(c.lqer_rank, *error[name].shape)
+        a, b = low_rank(error[name], rank, quantizer.hessian[name] if c.lqer_pick == "hessian" else None)
+        if c.lqer_asym_enabled and b.numel() % c.lqer_asym_group == 0:
+            factors = code_factor(a, 2, a.numel()), code_factor(b, 4, c.lqer_asym_group)
         else:
-            coded[name] = HalfTensor(t.half().cpu())
-    eye = lambda n: torch.eye(n, device=world.device)
-    sums = torch.zeros(2, dtype=torch.float64)
-    for (shape, bits), names in batches.items():
-        w = torch.stack([weights[name].float() for name in names]).to(world.device)
-        steps = row_steps(w, torch.tensor([clip_sigma(name, c) for name in names], device=w.device), bits)
-        q = torch.zeros(w.shape, dtype=torch.int8, device=w.device)
-        mine = list(range(world.rank, len(names), world.size))
-        if mine:
-            # an untied embedding is a table of rows, not a product: it has no Hessian and is rounded
-            h = [hessians[hessian_key(name)] if name != "tok_emb.weight" or c.tie_embeddings else eye(shape[1]) for name in names]
-            h = torch.stack([h[i] for i in mine])
-            q[mine] = gptq(w[mine], h, steps[mine], bits, run.log)
-            for i, hi in zip(mine, h):
-                error = w[i] - q[i].float() * steps[i].float()[:, None]
-                sums += torch.tensor([weighted_square(error, hi), weighted_square(w[i], hi)], dtype=torch.float64)
-        world.sum(q)
-        coded.update({name: IntTensor(q[i].cpu(), steps[i].cpu(), bits) for i, name in enumerate(names)})
-    world.sum(sums)
-    run.log(f"GPTQ clip_sigmas (rule:hand, {sum(map(len, batches.values()))} tensors):\n" + "\n".join(
-        f"    {name}: {clip_sigma(name, c):.2f}" for names in batches.values() for name in names), console=False)
-    run.log(f"gptq_summary quantizer:scalar entropy_bytes:{entropy_bytes(coded):.0f} weighted_error:{sums[0] / max(sums[1], 1e-30):.6g}")
-    return {name: coded[name] for name in weights}
+            factors = code_factor(a, c.lqer_factor_bits), code_factor(b, c.lqer_factor_bits)
+        out.update({name + suffix: factor for suffix, factor in zip(LQER_SUFFIXES, factors)})
+    return out
+
+
+def restore(coded: dict[str, IntTensor | HalfTensor]) -> dict[str, Tensor]:
+    """Codes -> float32 weights under their file names, repairs added."""
+    out = {name: t.decode() for name, t in coded.items()}
+    for name in [n for n in out if n + LQER_SUFFIXES[0] in out]:
+        a, b = (out.pop(name + suffix) for suffix in LQER_SUFFIXES)
+        out[name] = out[name] + a @ b
+    return out
 
 
 # ======================================================================================================================
@@ -2763,6 +3184,7 @@ def read_artifact_header(data: bytes, path: Path) -> tuple[dict, dict[str, bytes
     try:
         unpacker = zlib.decompressobj()
         header = json.loads(unpacker.decompress(packed, LONGEST_HEADER))
+        expect(isinstance(header["model"], dict) and isinstance(header["compressor"], str), "header (model, compressor)")
         header["tensors"] = specs = [Spec(name, tuple(shape), *rest) for name, shape, *rest in header["tensors"]]
         for spec in specs:
             numbers = (*spec.shape, spec.bits, spec.steps)
@@ -2775,7 +3197,7 @@ def read_artifact_header(data: bytes, path: Path) -> tuple[dict, dict[str, bytes
             expect(len(streams[name]) == size, f"stream {name} is cut off at {len(streams[name])} of {size} bytes")
             expect(zlib.crc32(streams[name]) == checksum_, f"checksum of stream {name}")
             at += size
-    except (ValueError, KeyError, TypeError, zlib.error) as e:
+    except (ValueError, KeyError, TypeError, RecursionError, zlib.error) as e:
         raise UserError(f"artifact {path} is damaged: header ({e})") from None
     expect(at == len(data), f"total length is {len(data)} bytes, expected {at}")
     return header, streams
@@ -2799,27 +3221,55 @@ def read_artifact(path: Path, config: Config) -> dict[str, IntTensor | HalfTenso
         raise UserError(f"artifact {path} is damaged: {e}") from None
 
 
-WRAPPER = """import lzma as z,base64 as b,linecache as l
-s=z.decompress(b.b85decode({blob!r}),z.FORMAT_RAW,None,[{{'id':z.FILTER_LZMA2,'preset':9}}]).decode()
-n=__file__+':unpacked'
-l.cache[n]=(len(s),None,s.splitlines(True),n)
-globals()['PACKED_SOURCE']=s
-exec(compile(s,n,'exec'))
-"""
+WRAPPER = '''#coding:latin1
+import brotli,linecache as l,sys
+s=brotli.decompress("""BLOB""".encode("latin1")).decode()
+n=__file__+":unpacked"
+l.cache[n]=len(s),None,s.splitlines(True),n
+sys.modules[__name__].PACKED_SOURCE=s
+exec(compile(s,n,"exec"))
+'''
+KEPT_NAMES = "bool int float str range min max abs len".split()     # annotations are read as text; kernels need the real ones
+
+
+def slim_source(source: str) -> str:
+    """The same program without comments, docstrings, what knobs mean and annotations, under short names.
+
+    What something looks at stays: annotations of classes and of Triton kernels, arguments of kernels, names of
+    references (they name the kernel pairs).
+    """
+    import python_minifier
+    tree = ast.parse(source)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    kernels = [f for f in functions if any(ast.unparse(d).endswith("jit") for d in f.decorator_list)]
+    arguments = lambda f: [node for node in ast.walk(f.args) if isinstance(node, ast.arg)]
+    for f in functions:
+        if f not in kernels:
+            f.returns = None
+            for argument in arguments(f):
+                argument.annotation = None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "knob":
+            del node.args[1:]
+    return python_minifier.minify(
+        ast.unparse(tree), remove_literal_statements=True, hoist_literals=False, remove_annotations=False, combine_imports=True,
+        rename_globals=True, preserve_globals=KEPT_NAMES + [f.name for f in functions if f.name.endswith("_reference")],
+        preserve_locals=[a.arg for f in kernels for a in arguments(f)])
 
 
 def pack_script(source: str) -> bytes:
-    """The script that ships: comments, docstrings and long local names dropped, compressed, self-extracting."""
-    import python_minifier
-    small = python_minifier.minify(source, remove_literal_statements=True, hoist_literals=False, rename_globals=False,
-                                   remove_annotations=False, combine_imports=True)
-    blob = lzma.compress(small.encode(), lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}])
-    return WRAPPER.format(blob=b85encode(blob).decode()).encode()
+    """The script that ships: slim_source, compressed, self-extracting. The compressed bytes stand in a latin-1 text as
+    they are (1% of them escaped): a fifth shorter than base85."""
+    import brotli
+    text = brotli.compress(slim_source(source).encode(), quality=11, lgwin=24).decode("latin1")
+    for raw, escaped in (("\\", "\\\\"), ("\r", "\\r"), ("\0", "\\x00"), ('"', '\\"')):
+        text = text.replace(raw, escaped)
+    return WRAPPER.replace("BLOB", text).encode("latin1")
 
 
 def shipped_script() -> bytes:
     """Bytes of the script that the record folder ships: packed, or this very file when it is already packed."""
-    return Path(__file__).read_bytes() if "PACKED_SOURCE" in globals() else pack_script(script_source())
+    return Path(__file__).read_bytes() if packed_source() else pack_script(script_source())
 
 
 # ======================================================================================================================
@@ -2897,10 +3347,13 @@ def sum_windows(run: Run, model: GPT, data: Validation, rows: list[np.ndarray], 
         at = np.concatenate([np.arange(a, b) for a, b, _ in part])
         scored = np.concatenate([np.arange(a, b) >= first for a, b, first in part])
         padded = np.pad(at, (0, row - len(at)))
-        cu = pad_cu_seqlens(np.append(0, np.cumsum(part[:, 1] - part[:, 0])), row)
+        starts = np.append(0, np.cumsum(part[:, 1] - part[:, 0]))
+        cu = torch.from_numpy(pad_cu_seqlens(starts, row))
         as_row = lambda values: torch.from_numpy(values.astype(np.int64))[None]
-        batch = Batch(as_row(tokens[padded]), as_row(tokens[padded + 1]), segments._replace(cu_seqlens=torch.from_numpy(cu)))
-        batch = to_device(batch, device)
+        fresh = np.zeros(row, bool)                                 # windows that do not go on where the last one ended
+        fresh[starts[1:-1][part[1:, 0] != part[:-1, 1]]] = True
+        here = segments._replace(cu_seqlens=cu, fresh=torch.from_numpy(fresh)[None] if fresh.any() else None)
+        batch = to_device(Batch(as_row(tokens[padded]), as_row(tokens[padded + 1]), here), device)
         losses = model.losses(batch.ids, batch.targets, batch.segments)[0, : len(at)]
         nats += losses.double()[torch.from_numpy(scored).to(device)].sum()
         counts += scored.sum(), data.byte_counts[at[scored] + 1].sum()
@@ -2923,7 +3376,7 @@ def score_windows(run: Run, model: GPT, data: Validation, windows: np.ndarray, r
     """Loss and bits per byte over the scored part of all windows; rows of windows are shared out over the ranks."""
     world, start = run.world, time.perf_counter()
     mine = pack_windows(windows, row)[world.rank:: world.size]
-    total = sum_over_ranks(run, data, sum_windows(run, model, data, mine, row, Segments(None, longest, window), name), name)
+    total = sum_over_ranks(run, data, sum_windows(run, model, data, mine, row, Segments(None, longest, window=window), name), name)
     return Score(total.loss, total.bpb, total.tokens, time.perf_counter() - start)
 
 
@@ -3557,7 +4010,7 @@ def preflight(run: Run) -> Inputs:
         raise UserError(f"cannot write to {run.folder.resolve()}: {e.strerror}; set ARTIFACT_DIR") from None
     if not (c.prequant_only or c.ttt_eval_only):
         COMPRESSORS[c.compressor].probe()
-        if "PACKED_SOURCE" not in globals():
+        if not packed_source():
             import python_minifier  # noqa: F401  (needed at the end to count the code's bytes)
     return Inputs(shards, validation, paths + find_shards(c, "val"))
 
@@ -3566,14 +4019,17 @@ def train(run: Run, model: GPT, inputs: Inputs) -> dict[str, Tensor]:
     """Warm up, train, save the EMA weights; leaves them in the model and returns them under their file names."""
     c, trainer = run.config, Trainer(run, model, inputs.shards)
     with run.ledger.stage("warmup"):
+        rehearsed = []
+
         def rehearse():
             if c.max_wallclock_seconds and c.gptq_reserve_seconds < 0 and not c.prequant_only:
-                quiet = run._replace(log=Log(None, quiet=True))
-                quantize(quiet, trainer.average(), collect_hessians(quiet, model, inputs.shards, 1))
+                rehearsed[:] = [calibrate(quietly(run), model, trainer.average(), inputs.shards, 1, 1)]
+                rehearsed[0]()
         seconds = trainer.warm_up(rehearse)
     reserve = c.gptq_reserve_seconds
     if reserve < 0:
-        reserve = reserve_seconds(run, model, trainer, inputs, seconds)
+        reserve = reserve_seconds(run, model, inputs, seconds, rehearsed)
+    rehearsed.clear()
     run.log(f"gptq:reserving {reserve:.2f}s, effective={1000 * max(c.max_wallclock_seconds - reserve, 0):.0f}ms")
     reset_peak_memory(run.world.device)
     trainer.loop(reserve, lambda at: validate_in_training(run, model, inputs.validation, at))
@@ -3589,18 +4045,35 @@ def train(run: Run, model: GPT, inputs: Inputs) -> dict[str, Tensor]:
     return export_weights(dict(model.named_parameters()), c.num_layers)
 
 
-def reserve_seconds(run: Run, model: GPT, trainer: Trainer, inputs: Inputs, rehearsal: float) -> float:
-    """Seconds that Hessians and GPTQ will take, from a rehearsal on one batch: every further batch costs as much as
-    one forward with taps. A fifth is added; rank 0's figure holds for all."""
+def quietly(run: Run) -> Run:
+    """The run, without lines in its log or seconds in its ledger."""
+    silent = Log(None, quiet=True)
+    return run._replace(log=silent, ledger=Ledger(silent, run.world, 0))
+
+
+USUAL_PASSES = 3        # of GPTQ, until the byte budget is met
+
+
+def reserve_seconds(run: Run, model: GPT, inputs: Inputs, rehearsal: float, rehearsed: list[Quantizer]) -> float:
+    """Seconds that calibration and GPTQ will take, from a rehearsal on one batch: every further batch costs as much as
+    one more. A fifth is added; rank 0's figure holds for all."""
     c = run.config
-    if not c.max_wallclock_seconds or c.prequant_only:
+    if not rehearsed:
         return 0.0
-    start = time.perf_counter()
-    collect_hessians(run._replace(log=Log(None, quiet=True)), model, inputs.shards, 1)
-    run.world.sync()
-    one = time.perf_counter() - start
-    estimate = 1.2 * (rehearsal + one * (c.gptq_calibration_batches - 1)) + 0.5
-    return run.world.broadcast(torch.tensor([estimate], dtype=torch.float64)).item()
+
+    def seconds(action: Callable) -> float:
+        run.world.sync()
+        start = time.perf_counter()
+        action()
+        run.world.sync()
+        return time.perf_counter() - start
+    total = rehearsal + (c.gptq_calibration_batches - 1) * seconds(lambda: collect_hessians(quietly(run), model, inputs.shards, 1))
+    if uses_fisher(c):
+        one = seconds(lambda: collect_sensitivity(quietly(run), model, inputs.shards, list(rehearsed[0].bits), {}, 1)) / 2
+        total += max(c.fisher_batches / run.world.size - 2, 0) * one * (2 if c.fisher_hessian else 1)
+    if c.target_bytes:
+        total += (USUAL_PASSES - 1) * seconds(rehearsed[0])
+    return run.world.broadcast(torch.tensor([1.2 * total + 0.5], dtype=torch.float64)).item()
 
 
 def reset_peak_memory(device: torch.device):
@@ -3613,36 +4086,146 @@ def validate_in_training(run: Run, model: GPT, data: Validation, at: str):
     run.log(f"{at} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
 
 
+def uses_fisher(c: Config) -> bool:
+    return c.clip_rule == "fisher" or c.fisher_hessian > 0
+
+
+def calibrate(run: Run, model: GPT, weights: dict[str, Tensor], shards: list[np.ndarray], hessian_batches: int,
+              fisher_batches: int) -> Quantizer:
+    """All that the training data can tell the quantiser. The model holds the same weights."""
+    c, ledger = run.config, run.ledger
+    with ledger.stage("hessians", "train"):
+        hessians = collect_hessians(run, model, shards, hessian_batches)
+        factors = prepare_all(run, hessians)
+    sensitivity, counts = {}, None
+    if uses_fisher(c):
+        with ledger.stage("fisher", "train"):
+            names = [name for name, t in weights.items() if is_quantised(name, t)]
+            counts = token_counts(shards, c.vocab_size)
+            sensitivity = collect_sensitivity(run, model, shards, names, factors, fisher_batches)
+            if c.fisher_hessian:
+                factors |= prepare_all(run, blend_hessians(hessians, sensitivity, c.fisher_hessian))
+                sensitivity = collect_sensitivity(run, model, shards, names, factors, fisher_batches)
+    with ledger.stage("clips", "train"):
+        return Quantizer(run, Calibration(weights, hessians, sensitivity, counts), factors)
+
+
+def blend_hessians(hessians: dict[str, Tensor], sensitivity: dict[str, Sensitivity], share: float) -> dict[str, Tensor]:
+    """A Hessian for each matrix: of its inputs, and with this share of its squared gradients (both at mean diagonal 1)."""
+    scaled = lambda h: h * (len(h) / h.diagonal().sum().clamp_min(1e-30))
+    return {name: torch.lerp(scaled(hessians[hessian_key(name)]), scaled(s.columns), share) for name, s in sensitivity.items()}
+
+
+MULTIPLIERS = (-6.0, 8.0)           # of all steps, log2
+REST_BYTES = 80_000                 # a first guess of what is not an integer
+
+
+class Packed(NamedTuple):
+    coded: dict[str, IntTensor | HalfTensor]
+    artifact: bytes                 # empty but on rank 0
+    size: int                       # with the code
+
+
+def fit_bytes(run: Run, quantizer: Quantizer, code_bytes: int) -> Packed:
+    """Quantise and pack; under TARGET_BYTES with the finest steps for which code and model still fit.
+
+    A closed formula gives the size of the integers to within a per cent; what it is off by is learnt from each real
+    packing, so two or three passes do. Raises UserError if the coarsest steps do not fit.
+    """
+    c, world, target = run.config, run.world, run.config.target_bytes
+    seconds = dict.fromkeys(("gptq", "pack"), 0.0)
+
+    def make(at: float) -> Packed:
+        times = [time.perf_counter()]
+        coded = quantizer(2.0 ** at)
+        world.sync()
+        times.append(time.perf_counter())
+        artifact = world.together(lambda: write_artifact(coded, c) if world.rank == 0 else b"")
+        size = int(world.broadcast(torch.tensor([float(len(artifact) + code_bytes)], dtype=torch.float64)).item())
+        times.append(time.perf_counter())
+        for name, a, b in zip(seconds, times, times[1:]):
+            seconds[name] += b - a
+        return Packed(coded, artifact, size)
+
+    def solve(rest: float) -> float:
+        a, b = MULTIPLIERS
+        for _ in range(20):
+            a, b = ((a + b) / 2, b) if quantizer.estimate(2.0 ** ((a + b) / 2)) + rest > target * 0.9997 else (a, (a + b) / 2)
+        return a if a == MULTIPLIERS[0] else b
+
+    best, (low, high) = None, MULTIPLIERS
+    at = solve(code_bytes + REST_BYTES) if target else 0.0
+    for attempt in range(1, 11):
+        packed = make(at)
+        if not target:
+            best = packed
+            break
+        run.log(f"byte_budget pass:{attempt} multiplier:{2.0 ** at:.6f} bytes:{packed.size} target:{target}")
+        if packed.size <= target and (best is None or packed.size > best.size):
+            best = packed
+        if packed.size <= target and (target - packed.size <= target / 1000 or at == MULTIPLIERS[0]):
+            break
+        low, high = (max(low, at), high) if packed.size > target else (low, min(high, at))
+        guess = solve(packed.size - quantizer.estimate(2.0 ** at))
+        at = guess if low < guess < high or guess == MULTIPLIERS[0] == low else (low + high) / 2
+        if high - low < 1e-4:
+            break
+    for name in seconds:
+        run.ledger.charge(name, seconds[name], "train" if name == "gptq" else "none")
+    if best is None:
+        raise UserError(f"the submission is {packed.size - target} bytes over TARGET_BYTES={target} even with steps "
+                        f"{2.0 ** at:.0f} times as coarse: nothing was written; make the model smaller", code=3)
+    return best
+
+
 def compress(run: Run, model: GPT, weights: dict[str, Tensor], inputs: Inputs) -> Path:
-    """Hessians, GPTQ, packing; returns the artifact's path on disk. Over the cap: UserError with code 3, nothing kept."""
+    """Calibration, GPTQ, packing; returns the artifact's path on disk. Over the cap: UserError with code 3, nothing kept."""
     c, log = run.config, run.log
     log("GPTQ:collecting Hessians from calibration data...")
-    with run.ledger.stage("hessians", "train"):
-        hessians = collect_hessians(run, model, inputs.shards, c.gptq_calibration_batches)
-    with run.ledger.stage("gptq", "train"):
-        coded = quantize(run, weights, hessians)
+    code = shipped_script() if run.world.rank == 0 else b""
+    code_bytes = int(run.world.broadcast(torch.tensor([float(len(code))], dtype=torch.float64)).item())
+    quantizer = calibrate(run, model, weights, inputs.shards, c.gptq_calibration_batches, c.fisher_batches)
+    packed = fit_bytes(run, quantizer, code_bytes)
     run.ledger.close("train")
+    quantizer.log_table(packed.coded)
     path = run.folder / f"final_model.int{c.matrix_bits}.pglf"
-    with run.ledger.stage("pack"):
-        if run.world.rank == 0:
-            artifact, code = write_artifact(coded, c), shipped_script()
-            total, count = len(artifact) + len(code), sum(t.q.numel() for t in coded.values() if isinstance(t, IntTensor))
-            log(f"order0_entropy bytes:{entropy_bytes(coded):.0f} bits_per_weight:{8 * len(artifact) / max(count, 1):.4f} "
-                f"ratio:{len(artifact) / max(entropy_bytes(coded), 1):.4f}")
-            log(f"Serialized model quantized+{c.compressor}: {len(artifact)} bytes")
-            log(f"Code size (wrapped): {len(code)} bytes")
-            log(f"Total submission size quantized+{c.compressor}: {total} bytes")
-            over = total - CAP_BYTES
-            if over <= 0:
-                write_atomically(path, artifact)
-                write_atomically(run.folder / "final_model.train_gpt.py", code)
-        else:
-            over = 0
-        over = int(run.world.broadcast(torch.tensor([float(over)], dtype=torch.float64)).item())
-    if over > 0:
-        raise UserError(f"the submission is {over} bytes over the cap of {CAP_BYTES}: nothing was written; "
-                        "raise the clip sigmas or lower the bits", code=3)
+    count = sum(t.q.numel() for t in packed.coded.values() if isinstance(t, IntTensor))
+    log(f"order0_entropy bytes:{entropy_bytes(packed.coded):.0f} bits_per_weight:{8 * len(packed.artifact) / max(count, 1):.4f} "
+        f"ratio:{len(packed.artifact) / max(entropy_bytes(packed.coded), 1):.4f}")
+    log(f"Serialized model quantized+{c.compressor}: {len(packed.artifact)} bytes")
+    log(f"Code size (wrapped): {code_bytes} bytes")
+    log(f"Total submission size quantized+{c.compressor}: {packed.size} bytes")
+    if packed.size > CAP_BYTES:
+        raise UserError(f"the submission is {packed.size - CAP_BYTES} bytes over the cap of {CAP_BYTES}: nothing was written; "
+                        "set TARGET_BYTES, raise the clip sigmas or lower the bits", code=3)
+    if run.world.rank == 0:
+        write_atomically(path, packed.artifact)
+        write_atomically(run.folder / "final_model.train_gpt.py", code)
+        save_tensors(run.folder / "hessian_report.safetensors", *hessian_report(quantizer, packed.coded))
+    run.world.together(lambda: None)        # nobody reads before it is written
     return path
+
+
+def hessian_report(quantizer: Quantizer, coded: dict[str, IntTensor | HalfTensor]) -> tuple[dict[str, Tensor], dict]:
+    """Statistics of every quantised matrix for tools/hessian_report.py: tensors `NAME:what`, and the settings."""
+    out = {}
+    for name, w in quantizer.known.weights.items():
+        h = quantizer.hessian.get(name)
+        if h is not None:
+            diagonal = h.diagonal()
+            out[f"{name}:trace"] = diagonal.sum()
+            out[f"{name}:columns"] = diagonal / diagonal.mean().clamp_min(1e-30)
+            out[f"{name}:rows"] = row_importance(w, h)
+            out[f"{name}:std"] = w.float().std(dim=1)
+            out[f"{name}:step"] = coded[name].step
+            out[f"{name}:sigma"] = (coded[name].step.float() * largest(quantizer.bits[name]) / w.float().std(dim=1).clamp_min(1e-12).cpu())
+            out[f"{name}:error"] = torch.tensor(quantizer.errors[name])
+            out[f"{name}:bits"] = torch.tensor(coded[name].bits)
+            if name in quantizer.known.sensitivity:
+                out[f"{name}:fisher"] = quantizer.known.sensitivity[name].rows.float()
+    c = quantizer.c
+    return out, {"seed": c.seed, "clip_rule": c.clip_rule, "num_layers": c.num_layers, "num_loops": c.num_loops,
+                 "loop_start": c.loop_start, "loop_end": c.loop_end}
 
 
 def score_artifact(run: Run, model: GPT, path: Path, data: Validation):
@@ -3650,7 +4233,7 @@ def score_artifact(run: Run, model: GPT, path: Path, data: Validation):
     c, began = run.config, time.perf_counter()
     with run.ledger.stage("unpack", "eval"):
         coded = run.world.together(lambda: read_artifact(path, run.config))
-        import_weights(model, {name: t.decode() for name, t in coded.items()}, str(path))
+        import_weights(model, restore(coded), str(path))
     with run.ledger.stage("eval_quantized", "eval"):
         plain = evaluate(run, model, data, "quantized")
         log_score(run, "diagnostic quantized", plain)
@@ -3699,7 +4282,7 @@ def pipeline(config: Config, world: World, log: Log):
 
 
 def main() -> int:
-    world = log = None
+    world = log = config = None
     try:
         config, warnings = load_config(dict(os.environ))
         if config.config_check:
@@ -3712,8 +4295,10 @@ def main() -> int:
             log(line)
         pipeline(config, world, log)
     except UserError as e:
-        if int(os.environ.get("RANK", 0) or 0) == 0:
-            (log or print)(f"error: {e}") if log else print(f"error: {e}", file=sys.stderr)
+        if log:
+            log(f"error: {e}")
+        elif os.environ.get("RANK", "0") == "0" or (config and not world):      # what every rank finds is said once
+            print(f"error: {e}", file=sys.stderr)
         return e.code
     finally:
         if world:
