@@ -314,6 +314,7 @@ CONTRADICTIONS: list[tuple[Callable[[Config], bool], str]] = [
      "EVAL_STRIDE={eval_stride} must be at most EVAL_SEQ_LEN={eval_seq_len}: windows would miss tokens"),
     (lambda c: c.ttt_protocol == "cached" and c.ttt_chunk_size + c.ttt_live_tokens > c.ttt_eval_seq_len,
      "TTT_CHUNK_SIZE={ttt_chunk_size} and TTT_LIVE_TOKENS={ttt_live_tokens} exceed TTT_EVAL_SEQ_LEN={ttt_eval_seq_len} together"),
+    (lambda c: max(c.ttt_beta1, c.ttt_beta2) >= 1, "TTT_BETA1={ttt_beta1} and TTT_BETA2={ttt_beta2} must be below 1"),
     (lambda c: c.ttt_chunk_size > c.ttt_eval_seq_len,
      "TTT_CHUNK_SIZE={ttt_chunk_size} exceeds TTT_EVAL_SEQ_LEN={ttt_eval_seq_len}"),
     (lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
@@ -1213,14 +1214,14 @@ BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 
 
 class LoRA(NamedTuple):
-    """Low-rank adapter per batch row: x [B, T, I] -> y + scale * x A^T B^T, with a [B, R, I], b [B, O, R]."""
+    """Low-rank adapter per batch row: x [B, T, I] -> (y +) scale * x A^T B^T, with a [B, R, I], b [B, O, R]."""
     a: Tensor
     b: Tensor
     scale: float
 
-    def __call__(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
-        low = torch.bmm(x_BTI, self.a.to(x_BTI.dtype).transpose(1, 2))
-        return torch.baddbmm(y_BTO, low, self.b.to(x_BTI.dtype).transpose(1, 2), alpha=self.scale)
+    def __call__(self, x_BTI: Tensor, y_BTO: Tensor | None = None) -> Tensor:
+        low, up = torch.bmm(x_BTI, self.a.to(x_BTI.dtype).mT), self.b.to(x_BTI.dtype).mT
+        return torch.bmm(low, up) * self.scale if y_BTO is None else torch.baddbmm(y_BTO, low, up, alpha=self.scale)
 
 
 class PassAdapters(NamedTuple):
