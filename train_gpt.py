@@ -2303,14 +2303,14 @@ def adaptive_rule(names: list[str], known: Calibration, c: Config) -> dict[str, 
 
 
 def steady(rows_2R: Tensor, prior_R: Tensor) -> Tensor:
-    """Mean of two noisy halves, drawn towards the prior as far as the halves disagree. float64 [R], positive."""
-    logs = rows_2R.log() - prior_R.log()
+    """Mean of two noisy halves, drawn towards the prior as far as the halves disagree. float64 [R].
+
+    The mix is of values, not of logarithms: a row that no batch happened to need keeps a share of its prior.
+    """
+    logs = (rows_2R / prior_R + 0.1).log()
     logs = logs - logs.mean(1, keepdim=True)
-    agreement = ((logs[0] * logs[1]).mean() / (logs[0].var() * logs[1].var()).sqrt().clamp_min(1e-12)).clamp(0, 1).item()
-    trust = 2 * agreement / (1 + agreement)             # Spearman-Brown: of the mean of both halves
-    own = rows_2R.mean(0)
-    out = prior_R * (trust * (own / prior_R).log()).exp()
-    return out * own.mean() / out.mean()
+    agreement = ((logs[0] * logs[1]).mean() / (logs[0].var() * logs[1].var()).sqrt().clamp_min(1e-12)).clamp(0, 1)
+    return torch.lerp(prior_R, rows_2R.mean(0), 2 * agreement / (1 + agreement))    # Spearman-Brown: of the mean of both
 
 
 def neighbours_mean(values: Tensor, rank_by: Tensor, width: int = 65) -> Tensor:
@@ -2329,17 +2329,17 @@ def fisher_rule(names: list[str], known: Calibration, c: Config) -> dict[str, Cl
     Rows of the embedding are compared with tokens about as frequent, other rows with their matrix. The element-weighted
     mean of ln step is that of the hand-set sigmas.
     """
-    logs, excess, size = {}, 0.0, 0
+    logs, excess, size, clips = {}, 0.0, 0, hand_rule(names, known, c)
+    names = [name for name in names if name in known.sensitivity]       # of what was not measured nothing better is known
     usual = float(np.median([known.sensitivity[name].rows.mean().item() / known.weights[name].shape[1] for name in names] or [1.0]))
     for name in names:
         w = known.weights[name].double()
         seen = known.sensitivity[name].rows.to(w.device)
         mean = seen.mean().clamp(usual * w.shape[1] / EXTREME + 1e-30, usual * w.shape[1] * EXTREME + 1e-30)
-        seen = seen.clamp(mean / EXTREME, mean * EXTREME)
         prior = mean.expand(len(w))
         if known.counts is not None and len(known.counts) == len(w):
             prior = neighbours_mean(seen.mean(0), known.counts.to(w.device))
-        rows = (steady(seen, prior) / mean).log()
+        rows = (steady(seen, prior.clamp_min(mean / EXTREME)) / mean).clamp_min(1 / EXTREME).log()
         spread = w.std(dim=1).clamp_min(1e-12)
         logs[name] = -c.fisher_tensor_power * (mean / w.shape[1]).log() - c.fisher_row_power * rows - spread.log()
         group = layer_group(name, c)
@@ -2348,7 +2348,7 @@ def fisher_rule(names: list[str], known: Calibration, c: Config) -> dict[str, Cl
         logs[name] += math.log(largest(getattr(c, role_of(name).bits)) * (getattr(c, f"clip_mult_{group}") if group else 1))
         size += w.numel()
     logs = {name: x - excess / size for name, x in logs.items()}
-    return {name: Clip(x.mean().exp().item(), (x - x.mean()).exp().float()) for name, x in logs.items()}
+    return clips | {name: Clip(x.mean().exp().item(), (x - x.mean()).exp().float()) for name, x in logs.items()}
 
 
 CLIP_RULES: dict[str, Callable[[list[str], Calibration, Config], dict[str, Clip]]] = {
