@@ -10,7 +10,7 @@ Everything is set by environment variables (CONFIG, below, is their only table; 
 Shapes are written as suffixes: B batch, T positions, D model width, H query heads, K key/value heads, V vocabulary.
 
 Sections, in the order in which a run uses them:
-CONFIG · RUNTIME · DATA · KERNELS · MODEL · OPTIMIZERS · TRAIN · CALIBRATE · QUANTIZE · REPAIR · CODER · ARTIFACT · EVALUATE · MAIN
+CONFIG · RUNTIME · DATA · KERNELS · MODEL · OPTIMIZERS · TRAIN · CALIBRATE · QUANTIZE · REPAIR · CODER · ARTIFACT · EVALUATE · ADAPT · MAIN
 """
 from __future__ import annotations
 
@@ -72,7 +72,6 @@ def knob(default, meaning: str = "", **limits):
     return field(default=default, metadata={"meaning": meaning, **limits})
 
 
-LATER_TTT = "test-time training is not in this version yet"
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Config:
     tokenizer_path: str = knob("", "SentencePiece model; empty: DATA_DIR/tokenizers/fineweb_<VOCAB_SIZE>_bpe[...].model")
     vocab_size: int = knob(8192, "pieces of the tokenizer", at_least=2, at_most=65536)
     caseops_enabled: bool = knob(False, "count validation bytes from the CaseOps sidecar, not from the tokenizer")
-    seed: int = knob(1337, "initial weights", at_least=0)
+    seed: int = knob(1337, "initial weights", at_least=0, at_most=2 ** 63 - 1)
     run_id: str = knob("", "name of the run and its log; empty: a fresh UUID")
     artifact_dir: str = knob("", "folder for log, checkpoints and artifact; empty: ./logs and .")
     config_check: bool = knob(False, "print the resolved table and stop")
@@ -91,8 +90,8 @@ class Config:
     iterations: int = knob(20000, "most steps", at_least=1)
     max_wallclock_seconds: float = knob(600.0, "training budget, Hessians and GPTQ included; 0: by ITERATIONS only", at_least=0)
     gptq_reserve_seconds: float = knob(-1.0, "seconds kept back for Hessians and GPTQ; -1: measured in warm-up", at_least=-1)
-    train_batch_tokens: int = knob(786432, "tokens a step over all ranks", at_least=1)
-    train_seq_len: int = knob(2048, "longest document segment in training", at_least=2)
+    train_batch_tokens: int = knob(786432, "tokens a step over all ranks", at_least=1, at_most=2 ** 31 - 1)
+    train_seq_len: int = knob(2048, "longest document segment in training", at_least=2, at_most=2 ** 31 - 1)
     grad_accum_steps: int = knob(0, "micro-steps a step; 0: 8 / world size, or the next that divides the batch", at_least=0)
     warmup_steps: int = knob(20, "uncounted steps per looping state, undone afterwards", at_least=0)
     warmdown_frac: float = knob(0.85, "last part of the budget in which the learning rate falls", at_least=0, at_most=1)
@@ -102,11 +101,11 @@ class Config:
     checkpoint_every: int = knob(0, "steps between resumable checkpoints; 0: only on a signal", at_least=0)
     resume: bool = knob(False, "continue from the checkpoint in ARTIFACT_DIR")
     # network
-    num_layers: int = knob(11, "layers", at_least=1)
-    model_dim: int = knob(512, "width", at_least=8)
+    num_layers: int = knob(11, "layers", at_least=1, at_most=1024)
+    model_dim: int = knob(512, "width", at_least=8, at_most=65536)
     num_heads: int = knob(8, "query heads", at_least=1)
     num_kv_heads: int = knob(4, "key/value heads", at_least=1)
-    mlp_mult: float = knob(4.0, "MLP width / model width", above=0)
+    mlp_mult: float = knob(4.0, "MLP width / model width", above=0, at_most=1024)
     xsa_last_n: int = knob(11, "last layers whose attention output drops its own value direction", at_least=0)
     rope_base: float = knob(1e4, "rotary base", above=1)
     rope_dims: int = knob(16, "rotated dimensions of each head", at_least=0)
@@ -118,12 +117,12 @@ class Config:
     skip_gates_enabled: bool = knob(True, "U-Net skips are gated")
     tie_embeddings: bool = knob(True, "the head is the embedding")
     tied_embed_init_std: float = knob(0.005, "initial deviation of the embedding", above=0)
-    num_loops: int = knob(2, "extra passes over the looped layers", at_least=0)
+    num_loops: int = knob(2, "extra passes over the looped layers", at_least=0, at_most=1024)
     loop_start: int = knob(3, "first looped layer", at_least=0)
     loop_end: int = knob(5, "last looped layer", at_least=0)
     enable_looping_at: float = knob(0.35, "part of the budget after which layers loop", at_least=0, at_most=1)
     loop_phase2_at: float = knob(0.0, "progressive recurrence: one extra pass until this part of the budget; 0: off", at_least=0, at_most=1)
-    parallel_start_layer: int = knob(8, "two-lane decoder from this layer; 0 or negative: off")
+    parallel_start_layer: int = knob(7, "two-lane decoder from this layer; 0 or negative: off")
     parallel_final_lane: str = knob("mean", "what leaves the two lanes", choices=("mean", "attn", "mlp"))
     parallel_residual_start: int = knob(-1, "GPT-J parallel residual from this layer; negative: off")
     smear_gate_enabled: bool = knob(True, "mix the previous token's embedding in, never over BOS")
@@ -193,27 +192,38 @@ class Config:
     # evaluation
     sliding_window_enabled: bool = knob(False, "also score with a sliding window")
     eval_stride: int = knob(64, "tokens scored by each window", at_least=1)
-    eval_seq_len: int = knob(2048, "longest context in evaluation", at_least=2)
+    eval_seq_len: int = knob(2048, "longest context in evaluation", at_least=2, at_most=2 ** 31 - 1)
     val_batch_tokens: int = knob(524288, "validation tokens in flight over 8 micro-batches", at_least=8)
-    ttt_enabled: bool = knob(False, "test-time training", later=LATER_TTT)
-    phased_ttt_enabled: bool = knob(True, "its phased protocol")
+    windowed_eval_enabled: bool = knob(False, "also score in one pass with windowed attention")
+    eval_time_limit: float = knob(EVAL_BUDGET_SECONDS, "seconds from artifact to score: adapting stops in time for it; 0: none", at_least=0)
+    ttt_enabled: bool = knob(False, "test-time training")
+    ttt_protocol: str = knob("published", "read the whole window again for each chunk, or cache it", choices=("published", "cached"))
+    ttt_live_tokens: int = knob(48, "cached: tokens before the chunk that are read again with it", at_least=0)
+    phased_ttt_enabled: bool = knob(True, "global phases between batches of documents")
     phased_ttt_prefix_docs: int = knob(2500, "documents before the last global phase", at_least=0)
     phased_ttt_num_phases: int = knob(3, "global phases", at_least=0)
     ttt_lora_rank: int = knob(56, "adapter rank", at_least=1)
     ttt_lora_alpha: float = knob(144.0, "adapter output scale * rank", above=0)
     ttt_lora_lr: float = knob(1e-4, "adapter learning rate", at_least=0)
     ttt_chunk_size: int = knob(48, "tokens scored between updates", at_least=1)
+    ttt_chunk_by_length: str = knob("", "chunks of shorter documents, as longest:chunk,... (PR 2014: 256:8,2000:24)")
     ttt_eval_seq_len: int = knob(2048, "longest context", at_least=2)
     ttt_batch_size: int = knob(64, "documents in a batch", at_least=1)
+    ttt_micro_tokens: int = knob(32768, "published: most positions in one forward and backward", at_least=1)
     ttt_grad_steps: int = knob(1, "updates a chunk", at_least=1)
     ttt_weight_decay: float = knob(0.5, "adapter weight decay", at_least=0)
     ttt_beta1: float = knob(0.0, "adapter AdamW", at_least=0, at_most=1)
     ttt_beta2: float = knob(0.99, "adapter AdamW", at_least=0, at_most=1)
     ttt_optimizer: str = knob("adam", "adapter optimizer", choices=("adam", "sgd"))
     ttt_warm_start_a: bool = knob(True, "keep A from batch to batch")
+    ttt_q_lora: bool = knob(True, "adapter on queries")
     ttt_k_lora: bool = knob(True, "adapter on keys")
+    ttt_v_lora: bool = knob(True, "adapter on values")
     ttt_o_lora: bool = knob(True, "adapter on output projections")
     ttt_mlp_lora: bool = knob(True, "adapter on MLPs")
+    ttt_head_lora: bool = knob(True, "adapter on the head")
+    ttt_compile: bool = knob(False, "torch.compile while adapting (on CUDA)")
+    asym_logit_rescale: bool = knob(False, "softcaps of positive and negative logits, trained in the global phases (PR 1923)")
     global_ttt_lr: float = knob(0.001, "global SGD", at_least=0)
     global_ttt_momentum: float = knob(0.9, "global SGD", at_least=0, at_most=1)
     global_ttt_epochs: int = knob(1, "global SGD", at_least=1)
@@ -300,6 +310,12 @@ CONTRADICTIONS: list[tuple[Callable[[Config], bool], str]] = [
     (lambda c: c.resume and (c.quantize_only or c.ttt_eval_only), "RESUME=1 needs training: not with QUANTIZE_ONLY or TTT_EVAL_ONLY"),
     (lambda c: c.val_batch_tokens // 8 < c.eval_seq_len,
      "VAL_BATCH_TOKENS={val_batch_tokens} must be at least 8 x EVAL_SEQ_LEN={eval_seq_len}"),
+    (lambda c: c.sliding_window_enabled and c.eval_stride > c.eval_seq_len,
+     "EVAL_STRIDE={eval_stride} must be at most EVAL_SEQ_LEN={eval_seq_len}: windows would miss tokens"),
+    (lambda c: c.ttt_protocol == "cached" and c.ttt_chunk_size + c.ttt_live_tokens > c.ttt_eval_seq_len,
+     "TTT_CHUNK_SIZE={ttt_chunk_size} and TTT_LIVE_TOKENS={ttt_live_tokens} exceed TTT_EVAL_SEQ_LEN={ttt_eval_seq_len} together"),
+    (lambda c: c.ttt_chunk_size > c.ttt_eval_seq_len,
+     "TTT_CHUNK_SIZE={ttt_chunk_size} exceeds TTT_EVAL_SEQ_LEN={ttt_eval_seq_len}"),
     (lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
      "GPTQ_RESERVE_SECONDS={gptq_reserve_seconds} leaves no training in MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}"),
 ]
@@ -349,7 +365,7 @@ def load_config(env: dict[str, str]) -> tuple[Config, list[str]]:
     for name, text in env.items():
         target = ALIASES.get(name, name)
         if target in table:
-            if target in given and env.get(target) != text:
+            if name != target and env.get(target, text) != text:
                 raise UserError(f"{name}={text!r} contradicts {target}={env[target]!r}: set one of them")
             given[target] = parse_knob(table[target], text)
     warnings = []
@@ -395,6 +411,8 @@ class World:
                                                      (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         except ValueError:
             raise UserError("RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: start with torchrun, or unset them") from None
+        if not 0 <= self.rank < self.size or ("RANK" in env or self.size > 1) and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(env):
+            raise UserError("RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT do not belong together: start with torchrun, or unset them")
         if torch.cuda.is_available():
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(f"local rank {self.local_rank} has no GPU: {torch.cuda.device_count()} are visible; lower --nproc_per_node")
@@ -467,8 +485,14 @@ class Log:
             return
         if console:
             print(text, flush=True)
-        if self.file:
-            print(text, file=self.file)
+        try:
+            if self.file:
+                print(text, file=self.file)
+        except OSError as e:                # a full disk must not end the run
+            print(f"warning: the log file ends here: {e.strerror}", flush=True)
+            with contextlib.suppress(OSError):
+                self.file.close()
+            self.file = None
 
 
 class Ledger:
@@ -538,11 +562,12 @@ def write_atomically(path: Path, data: bytes):
         raise UserError(f"cannot write {path} ({len(data):,} bytes): {e.strerror}") from None
 
 
-def checksum(tensors: dict[str, Tensor]) -> int:
-    """CRC-32 over names and bytes, in name order."""
-    crc = 0
-    for name in sorted(tensors):
-        crc = zlib.crc32(tensors[name].detach().contiguous().cpu().view(torch.uint8).reshape(-1).numpy(), zlib.crc32(name.encode(), crc))
+def checksum(tensors: dict[str, Tensor], state: dict) -> int:
+    """CRC-32 over the state, and names, shapes, types and bytes of the tensors in name order."""
+    crc = zlib.crc32(json.dumps(state, sort_keys=True).encode())
+    for name, t in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {t.dtype} {list(t.shape)}".encode(), crc)
+        crc = zlib.crc32(t.reshape(-1).view(torch.uint8).numpy(), crc)      # reshape first: a 0-dim tensor has no byte view
     return crc
 
 
@@ -550,7 +575,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], state: dict):
     """safetensors whose metadata is `state` as JSON, plus a checksum of the tensors."""
     from safetensors.torch import save
     tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
-    write_atomically(path, save(tensors, {"state": json.dumps({**state, "crc32": checksum(tensors)})}))
+    write_atomically(path, save(tensors, {"state": json.dumps({**state, "crc32": checksum(tensors, state)})}))
 
 
 def load_tensors(path: Path, config: Config) -> tuple[dict[str, Tensor], dict]:
@@ -564,7 +589,7 @@ def load_tensors(path: Path, config: Config) -> tuple[dict[str, Tensor], dict]:
             tensors = {name: f.get_tensor(name) for name in f.keys()}
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(f"{path} is damaged: {str(e).splitlines()[0]}") from None
-    if "crc32" in state and state["crc32"] != checksum(tensors):
+    if not isinstance(state, dict) or ("crc32" in state and state.pop("crc32") != checksum(tensors, state)):
         raise UserError(f"{path} is damaged: its tensors do not match their checksum")
     check_same_model(path, state.get("model", {}), config)
     return tensors, state
@@ -648,10 +673,13 @@ def find_shards(config: Config, split: str, kind: str = "") -> list[Path]:
 
 def read_shard(path: Path, vocab_size: int, sample: bool = True) -> np.memmap:
     """Tokens of one shard, uint16 memory map. Raises UserError unless magic, version, size and ids are right."""
-    size = path.stat().st_size
-    if size < HEADER_BYTES:
-        raise UserError(f"{path} has {size} bytes: expected a header of {HEADER_BYTES}")
-    header = np.fromfile(path, "<i4", 256)
+    try:
+        size = path.stat().st_size
+        if size < HEADER_BYTES and path.is_file():
+            raise UserError(f"{path} has {size} bytes: expected a header of {HEADER_BYTES}")
+        header = np.fromfile(path, "<i4", 256)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from None
     if header[0] != MAGIC or header[1] != VERSION:
         raise UserError(f"{path} begins with ({header[0]}, {header[1]}): expected magic {MAGIC} and version {VERSION}")
     expected = HEADER_BYTES + 2 * int(header[2])
@@ -687,6 +715,8 @@ class Segments(NamedTuple):
     """Documents of a packed row: attention never crosses them. cu_seqlens int32 [n], entries past the last = T."""
     cu_seqlens: Tensor
     longest: int
+    fresh: Tensor | None = None     # bool [1, T]: the token before is no neighbour in the text, nothing is smeared in
+    window: int = 0         # positions that one position sees, itself included; 0: all before it
 
 
 class Batch(NamedTuple):
@@ -747,7 +777,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     cu = move(batch.segments.cu_seqlens)
     if device.type == "cuda":
         torch._dynamo.mark_dynamic(cu, 0)
-    return Batch(move(batch.ids), move(batch.targets), Segments(cu, batch.segments.longest), batch.cursor)
+    fresh = None if batch.segments.fresh is None else move(batch.segments.fresh)
+    return Batch(move(batch.ids), move(batch.targets), batch.segments._replace(cu_seqlens=cu, fresh=fresh), batch.cursor)
 
 
 class Prefetcher:
@@ -767,12 +798,14 @@ class Prefetcher:
                 if self.device.type == "cuda":
                     item = Batch(item.ids.pin_memory(), item.targets.pin_memory(),
                                  Segments(item.segments.cu_seqlens.pin_memory(), item.segments.longest), item.cursor)
-                while not self.stopped.is_set():
-                    with contextlib.suppress(queue.Full):
-                        self.queue.put(item, timeout=0.2)
-                        break
+                self.put(item)
         except BaseException as e:          # handed to next(): a thread's exception would go unseen
-            self.queue.put(e)
+            self.put(e)
+
+    def put(self, item):
+        while not self.stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                return self.queue.put(item, timeout=0.2)
 
     def next(self) -> Batch:
         item = self.queue.get()
@@ -836,8 +869,9 @@ def check_byte_counts(tokens: np.ndarray, counts: np.ndarray, tokenizer, documen
     """Compare the byte counts of the first documents with their decoded text; raises UserError where they differ."""
     starts = [*np.flatnonzero(tokens == BOS)[: documents + 1], len(tokens)]
     for a, b in zip(starts[:documents], starts[1:]):
-        text = tokenizer.decode(tokens[a + 1: b].tolist())
-        if "\ufffd" not in text and len(text.encode()) != counts[a: b].sum():
+        ids = tokens[a + 1: b].tolist()
+        text = tokenizer.decode(ids)
+        if "\ufffd" not in text and tokenizer.unk_id() not in ids and len(text.encode()) != counts[a: b].sum():
             raise UserError(f"bytes of the validation document at token {a} add up to {counts[a: b].sum()}: "
                             f"its text has {len(text.encode())}")
     return min(documents, len(starts) - 1)
@@ -1179,14 +1213,14 @@ BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 
 
 class LoRA(NamedTuple):
-    """Low-rank adapter per batch row: x [B, T, I] -> scale * x A^T B^T, with a [B, R, I], b [B, O, R]."""
+    """Low-rank adapter per batch row: x [B, T, I] -> y + scale * x A^T B^T, with a [B, R, I], b [B, O, R]."""
     a: Tensor
     b: Tensor
     scale: float
 
-    def __call__(self, x_BTI: Tensor) -> Tensor:
+    def __call__(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
         low = torch.bmm(x_BTI, self.a.to(x_BTI.dtype).transpose(1, 2))
-        return torch.bmm(low, self.b.to(x_BTI.dtype).transpose(1, 2)) * self.scale
+        return torch.baddbmm(y_BTO, low, self.b.to(x_BTI.dtype).transpose(1, 2), alpha=self.scale)
 
 
 class PassAdapters(NamedTuple):
@@ -1202,6 +1236,14 @@ class Adapters(NamedTuple):
     """Everything that test-time training adds to a forward: one PassAdapters per pass slot, one LoRA on the head."""
     passes: tuple[PassAdapters, ...]
     head: LoRA | None = None
+    caps: Tensor | None = None      # [2]: softcaps of positive and of negative logits, instead of LOGIT_SOFTCAP
+
+
+class Past(NamedTuple):
+    """Cached keys and values [B, P, K, d] of the P positions before the given ones, at one pass slot."""
+    k: Tensor
+    v: Tensor
+    window: int             # positions that one position sees, itself included
 
 
 class Layer(NamedTuple):
@@ -1233,7 +1275,7 @@ def norm(x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, adapter: LoRA | None = None) -> Tensor:
     """x W^T plus an adapter's part: the only place where an adapter meets a matrix."""
     y = F.linear(x, weight)
-    return y if adapter is None else y + adapter(x)
+    return y if adapter is None else adapter(x, y)
 
 
 def rotary_table(length: int, config: Config, context: int, device) -> tuple[Tensor, Tensor]:
@@ -1264,43 +1306,60 @@ def remove_own_value(y_BTHd: Tensor, v_BTKd: Tensor) -> Tensor:
     return (y - (y * v).sum(-1, keepdim=True) * v).view(B, T, H, d).to(y_BTHd.dtype)
 
 
-def attend_fa3(q, k, v, segments: Segments | None) -> Tensor:
-    """FlashAttention 3 (Hopper). q [B, T, H, d], k and v [B, T, K, d] -> [B, T, H, d]."""
+def attend_fa3(q, k, v, segments: Segments | None, window: int = 0) -> Tensor:
+    """FlashAttention 3 (Hopper). q [B, T, H, d], k and v [B, P + T, K, d] -> [B, T, H, d]; P > 0: q are the last T."""
     from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+    limits = {"causal": True, "window_size": (window - 1, 0) if window else (-1, -1)}
     if segments is None:
-        y = flash_attn_func(q, k, v, causal=True)
+        y = flash_attn_func(q, k, v, **limits)
     else:
-        cu, longest = segments
+        cu, longest = segments[:2]
         y = flash_attn_varlen_func(q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest,
-                                   max_seqlen_k=longest, causal=True)[None]
+                                   max_seqlen_k=longest, **limits)[None]
     return y
 
 
-def attend_varlen(q, k, v, segments: Segments | None) -> Tensor:
+def attend_varlen(q, k, v, segments: Segments | None, window: int = 0) -> Tensor:
     """PyTorch's own variable-length attention (2.10 and later, any CUDA GPU with FlashAttention 2)."""
-    if segments is None:
-        return attend_sdpa(q, k, v, None)
     from torch.nn.attention.varlen import varlen_attn
     known = inspect.signature(varlen_attn).parameters
+    if segments is None or window and "window_size" not in known:
+        return attend_sdpa(q, k, v, segments, window)
     groups = q.shape[2] // k.shape[2]
-    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    options = {"window_size": (window - 1, 0)} if "window_size" in known else {"is_causal": True}
     if "enable_gqa" in known:
         options["enable_gqa"] = groups > 1
     elif groups > 1:
         k, v = (t.repeat_interleave(groups, 2) for t in (k, v))
-    cu, longest = segments
+    cu, longest = segments[:2]
     return varlen_attn(q[0], k[0], v[0], cu, cu, longest, longest, **options)[None]
 
 
-def attend_sdpa(q, k, v, segments: Segments | None) -> Tensor:
+def attend_sdpa(q, k, v, segments: Segments | None, window: int = 0) -> Tensor:
     """scaled_dot_product_attention, document by document: the block-causal mask without ever storing it."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    call = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     if segments is None:
-        return call(q, k, v).transpose(1, 2)
+        return attend_rows(q, k, v, window).transpose(1, 2)
     cuts = torch.unique(segments.cu_seqlens).tolist()
-    parts = [call(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b]) for a, b in zip(cuts, cuts[1:])]
+    parts = [attend_rows(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], window) for a, b in zip(cuts, cuts[1:])]
     return torch.cat(parts, 2).transpose(1, 2)
+
+
+def attend_rows(q_BHTd: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Causal attention of the last T of the keys' positions; with a window, strip by strip of that many queries."""
+    call = functools.partial(F.scaled_dot_product_attention, enable_gqa=q_BHTd.shape[1] != k.shape[1])
+    T, total = q_BHTd.shape[2], k.shape[2]
+    if T == total and not 0 < window < total:
+        return call(q_BHTd, k, v, is_causal=True)
+    before, parts = total - T, []
+    for a in range(0, T, window or T):
+        b = min(a + (window or T), T)
+        first = max(before + a - window + 1, 0) if window else 0
+        i = torch.arange(before + a, before + b, device=k.device)[:, None]
+        j = torch.arange(first, before + b, device=k.device)
+        seen = (j <= i) & (j > i - window) if window else j <= i
+        parts.append(call(q_BHTd[:, :, a:b], k[:, :, first: before + b], v[:, :, first: before + b], attn_mask=seen))
+    return torch.cat(parts, 2)
 
 
 ATTENTION = {"fa3": attend_fa3, "varlen": attend_varlen, "sdpa": attend_sdpa}
@@ -1337,15 +1396,23 @@ class PassShape(NamedTuple):
     attention: str
 
 
-def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: PassAdapters, tap) -> Tensor:
-    """Gated, document-masked attention of the normed input n [B, T, D] -> [B, T, D], output projection included."""
+def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: PassAdapters, tap,
+              past: Past | None = None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Gated, document-masked attention of the normed input n [B, T, D] -> [B, T, D], output projection included.
+
+    With a past: the positions before these are read from it; also returns these positions' keys and values.
+    """
     B, T, D = n.shape
     qkv = linear(n, w.qkv)
     if adapter.q or adapter.k or adapter.v:
-        widths = (D, *[(qkv.shape[-1] - D) // 2] * 2)
-        qkv = qkv + torch.cat([a(n) if a else n.new_zeros(B, T, width) for a, width in zip(adapter[:3], widths)], -1)
+        parts = qkv.split((D, *[(qkv.shape[-1] - D) // 2] * 2), -1)
+        qkv = torch.cat([a(n, part) if a else part for a, part in zip(adapter[:3], parts)], -1)
     q, k, v = qkv_heads(qkv, w.q_gain, *rope, shape.kv_heads)
-    y = ATTENTION[shape.attention](q, k, v, segments)
+    if past is not None:
+        keys, values = torch.cat((past.k, k), 1), torch.cat((past.v, v), 1)
+        y = ATTENTION[shape.attention](q, keys, values, None, past.window)
+    else:
+        y = ATTENTION[shape.attention](q, k, v, segments, segments.window if segments else 0)
     if w.gate is not None:
         source = qkv if shape.gate_kind == "out_proj" else n
         z = F.linear(source[..., : w.gate.shape[1]], w.gate.to(n.dtype))
@@ -1357,7 +1424,7 @@ def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: Pa
         tap("attn", n)
         tap("attn.proj", y)
     out = linear(y, w.o)
-    return out if adapter.o is None else out + adapter.o(n)
+    return out if adapter.o is None else adapter.o(n, out), None if past is None else (k, v)
 
 
 def mlp(n: Tensor, w: Layer, adapter: PassAdapters, tap) -> Tensor:
@@ -1367,17 +1434,18 @@ def mlp(n: Tensor, w: Layer, adapter: PassAdapters, tap) -> Tensor:
         tap("mlp.fc", n)
         tap("mlp.proj", hidden)
     out = linear(hidden, w.down)
-    return out if adapter.mlp is None else out + adapter.mlp(n)
+    return out if adapter.mlp is None else adapter.mlp(n, out)
 
 
 NO_ADAPTERS = PassAdapters()
 
 
 def block(x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip | None, w: Layer, segments, rope, shape: PassShape,
-          adapter: PassAdapters = NO_ADAPTERS, tap=None) -> tuple[Tensor, Tensor | None]:
-    """One pass over a layer. x: the stream (with two lanes: the attention lane), lane: the MLP lane or None.
+          adapter: PassAdapters = NO_ADAPTERS, tap=None, past: Past | None = None):
+    """One pass over a layer -> (x, lane, keys and values). x: the stream (with two lanes: the attention lane).
 
-    A U-Net skip is merged into x first. tap(role, input) sees the input of every matrix (calibration).
+    lane: the MLP lane or None. A U-Net skip is merged into x first. tap(role, input) sees the input of every matrix
+    (calibration). Keys and values are returned where there is a past, else None.
     """
     dtype = x.dtype
     if skip is not None:
@@ -1385,35 +1453,57 @@ def block(x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip | None, w: Laye
         x = (merged + torch.sigmoid(skip.gate) * (x - merged) if skip.gate is not None else x + merged).to(dtype)
     u = (w.mix[0] * x + w.mix[1] * x0).to(dtype)
     n = norm(u) * w.depth_scale
-    att = w.attn_scale * attention(n, w, segments, rope, shape, adapter, tap)
+    att, fresh = attention(n, w, segments, rope, shape, adapter, tap, past)
+    att = w.attn_scale * att
     if shape.kind == "sequential":
         h = (u + att).to(dtype)
-        return (h + w.mlp_scale * mlp(norm(h) * w.depth_scale, w, adapter, tap)).to(dtype), None
+        return (h + w.mlp_scale * mlp(norm(h) * w.depth_scale, w, adapter, tap)).to(dtype), None, fresh
     out = w.mlp_scale * mlp(norm(u if shape.kind == "parallel" else lane) * w.depth_scale, w, adapter, tap)
     if shape.kind == "parallel":
-        return (u + att + out).to(dtype), None
+        return (u + att + out).to(dtype), None, fresh
     keep, add = w.lane_keep, w.lane_add
     return ((keep[0] * x + add[0, 0] * att + add[1, 0] * out).to(dtype),
-            (keep[1] * lane + add[0, 1] * att + add[1, 1] * out).to(dtype))
+            (keep[1] * lane + add[0, 1] * att + add[1, 1] * out).to(dtype), fresh)
 
 
-def embed(ids_BT: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Token embedding, SmearGate and norm. A BOS takes nothing from the token before it: documents stay apart."""
+def embed(ids_BT: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, dtype: torch.dtype,
+          fresh_BT: Tensor | None = None) -> Tensor:
+    """Token embedding, SmearGate and norm. A BOS (and where `fresh`) takes nothing from the token before it."""
     x = F.embedding(ids_BT, table).to(dtype)
     if gate is not None:
         z = F.linear(x[..., : gate.shape[1]], gate.to(dtype)).float()
-        amount = strength * torch.sigmoid(z) * (ids_BT != BOS)[..., None]
+        follows = ids_BT != BOS if fresh_BT is None else (ids_BT != BOS) & ~fresh_BT
+        amount = strength * torch.sigmoid(z) * follows[..., None]
         x = (x + amount * F.pad(x, (0, 0, 1, 0))[:, :-1]).to(dtype)
     return norm(x)
 
 
-def head_losses(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, cap: float, adapter: LoRA | None, tap=None) -> Tensor:
-    """Cross-entropy in nats of every position, float32 [B, T]."""
+def head_losses(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, cap: float, adapter: LoRA | None = None, tap=None,
+                caps: Tensor | None = None) -> Tensor:
+    """Cross-entropy in nats of every position, float32 [B, T]. caps: of positive and negative logits (PR 1923)."""
     n = norm(x_BTD)
     if tap:
         tap("head", n)
     logits = linear(n, weight_VD, adapter)
+    if caps is not None:
+        z = logits.float()
+        z = torch.where(z > 0, caps[0] * torch.tanh(z / caps[0]), caps[1] * torch.tanh(z / caps[1]))
+        return F.cross_entropy(z.flatten(0, 1), targets_BT.flatten(), reduction="none").view(targets_BT.shape)
     return softcap_ce(logits.flatten(0, 1), targets_BT.flatten(), cap).view(targets_BT.shape)
+
+
+def adapters_of(adapters: Adapters | None) -> list[LoRA]:
+    if adapters is None:
+        return []
+    return [lora for part in (*adapters.passes, (adapters.head,)) for lora in part if lora is not None]
+
+
+def mark_flexible(*tensors: Tensor | None):
+    """Tell the compiler that rows and positions (the first two dimensions) vary: one graph for all batches of adapters."""
+    for t in tensors:
+        if t is not None:
+            for i in range(min(t.ndim, 2)):
+                torch._dynamo.maybe_mark_dynamic(t, i)
 
 
 class GPT(nn.Module):
@@ -1484,40 +1574,103 @@ class GPT(nn.Module):
         return [Layer(*row) for row in rows]
 
     def forward(self, ids_BT: Tensor, segments: Segments | None = None, loops: int | None = None,
-                adapters: Adapters | None = None, tap: Callable | None = None) -> Tensor:
+                adapters: Adapters | None = None, tap: Callable | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Tokens -> final stream [B, T, D], before the last norm.
 
         segments: documents of one packed row (B = 1); None: every row is one causal document. loops: extra passes
         (None: NUM_LOOPS). tap(name, input): called with the input of every matrix, by its name in files.
+        cache: keys and values of earlier positions; where it holds any, ids begin with the token before (for the
+        SmearGate), which gives no output.
         """
-        c = self.config
-        run = block if tap else self.block
-        x0 = x = (embed if tap else self.embed)(ids_BT, self.tok_emb, self.smear_gate, self.smear_lambda, self.dtype)
+        c, start = self.config, cache.position if cache else 0
+        compiled = self.compiled and not tap and not (cache and start == 0 or adapters and len(ids_BT) == 1)    # not for sizes 0, 1
+        run = self.block if compiled else block
+        flexible = mark_flexible if compiled and adapters else lambda *tensors: None
+        flexible(ids_BT, *(t for lora in adapters_of(adapters) for t in lora[:2]))
+        x = (self.embed if compiled else embed)(ids_BT, self.tok_emb, self.smear_gate, self.smear_lambda, self.dtype,
+                                                segments.fresh if segments else None)
+        x0 = x = x[:, 1:] if start else x
         layers, lane, skips = self.layers(), None, []
-        rope = self.rope(ids_BT.shape[1], segments.longest if segments else ids_BT.shape[1])
+        length = x.shape[1]
+        if cache:
+            rope = tuple(t[start: start + length] for t in self.rope(-(-(start + length) // 4096) * 4096, cache.window))
+        else:
+            rope = self.rope(length, (segments.window or segments.longest) if segments else length)
         order, encoder = c.pass_order(c.num_loops if loops is None else loops)
         weights = self.skip_weights.unbind(0) if skips is not None and self.skip_weights is not None else ()
         gates = self.skip_gates.unbind(0) if self.skip_gates is not None else (None,) * len(weights)
         for slot, i in enumerate(order):
+            past = cache.read(slot) if cache else None
+            flexible(x, x0, lane, *rope, *(past[:2] if past else ()))
             k = slot - encoder
             skip = Skip(skips.pop(), weights[k], gates[k]) if k >= 0 and skips else None
             if lane is None and self.shapes[i].kind == "lanes":
                 lane = x
-            x, lane = run(x, lane, x0, skip, layers[i], segments, rope, self.shapes[i],
-                          adapters.passes[slot] if adapters else NO_ADAPTERS,
-                          (lambda role, value, i=i: tap(f"blocks.{i}.{role}", value)) if tap else None)
+            x, lane, fresh = run(x, lane, x0, skip, layers[i], segments, rope, self.shapes[i],
+                                 adapters.passes[slot] if adapters else NO_ADAPTERS,
+                                 (lambda role, value, i=i: tap(f"blocks.{i}.{role}", value)) if tap else None,
+                                 past)
+            if cache:
+                cache.keep(slot, *fresh)
             if k < 0:
                 skips.append(x)
         if lane is not None:
             x = {"mean": (x + lane) / 2, "attn": x, "mlp": lane}[c.parallel_final_lane]
         return x
 
-    def losses(self, ids_BT: Tensor, targets_BT: Tensor, segments=None, loops=None, adapters=None, tap=None) -> Tensor:
-        """Cross-entropy in nats of every target, float32 [B, T]. Arguments as forward's."""
-        x = self(ids_BT, segments, loops, adapters, tap)
+    def losses(self, ids_BT: Tensor, targets_BC: Tensor, segments=None, loops=None, adapters=None, tap=None, cache=None,
+               at_BC: Tensor | None = None) -> Tensor:
+        """Cross-entropy in nats of every target, float32 [B, C]: of all positions, or of those that at_BC names.
+
+        Other arguments as forward's.
+        """
+        x = self(ids_BT, segments, loops, adapters, tap, cache)
+        if at_BC is not None:
+            x = x.gather(1, at_BC[..., None].expand(-1, -1, x.shape[2]))
         weight = (self.tok_emb if self.lm_head is None else self.lm_head).to(self.dtype)
-        run = head_losses if tap else self.head_losses
-        return run(x, weight, targets_BT, self.config.logit_softcap, adapters.head if adapters else None, tap)
+        run = self.head_losses if self.compiled and not tap else head_losses
+        head, caps = (adapters.head, adapters.caps) if adapters else (None, None)
+        if self.compiled and adapters:
+            mark_flexible(x, targets_BC)
+        return run(x, weight, targets_BC, self.config.logit_softcap, head, tap, caps)
+
+
+class KeyValueCache:
+    """Keys and values of the positions before the live ones, at every pass slot: the last window - 1 of them.
+
+    A forward reads the past and leaves the keys and values of its own positions in `fresh`; `advance` makes the first
+    of these part of the past.
+    """
+
+    def __init__(self, model: GPT, rows: int, window: int, spare: int = 1024):
+        c = model.config
+        slots = len(c.pass_order(c.num_loops)[0])
+        shape = (2, slots, rows, window - 1 + spare, c.num_kv_heads, c.head_dim)
+        self.buffer = torch.empty(shape, dtype=model.dtype, device=model.tok_emb.device)
+        self.window, self.fresh = window, [None] * slots
+        self.clear(rows)
+
+    def clear(self, rows: int):
+        self.rows, self.low, self.high, self.position = rows, 0, 0, 0
+
+    def read(self, slot: int) -> Past:
+        return Past(*self.buffer[:, slot, : self.rows, self.low: self.high].unbind(0), self.window)
+
+    def keep(self, slot: int, k: Tensor, v: Tensor):
+        self.fresh[slot] = (k.detach(), v.detach())
+
+    def advance(self, count: int):
+        """The first `count` live positions join the past."""
+        self.low = max(self.low, self.high + count - self.window + 1)
+        if self.high + count > self.buffer.shape[3]:        # move what is still seen to the front
+            kept = max(self.high - self.low, 0)
+            self.buffer[:, :, : self.rows, :kept] = self.buffer[:, :, : self.rows, self.high - kept: self.high].clone()
+            self.low, self.high = max(kept + count - self.window + 1, 0), kept
+        for slot, pair in enumerate(self.fresh):
+            for part, t in zip(self.buffer, pair):
+                part[slot, : self.rows, self.high: self.high + count] = t[: self.rows, :count]
+        self.high += count
+        self.position += count
 
 
 def export_weights(parameters: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
@@ -1897,9 +2050,9 @@ class Trainer:
         if c.resume:
             stream.cursor, elapsed = self.load()
         limit = max(c.max_wallclock_seconds - reserve, 0.001) if c.max_wallclock_seconds else 0.0
+        loops, epoch = -1, stream.epoch         # before the prefetcher moves the stream
         signals, batches = Signals(), Prefetcher(stream, run.world.device)
         self.clock = Clock(run.world, limit, elapsed)
-        loops, epoch = -1, stream.epoch
         try:
             while True:
                 elapsed, signal_number = self.clock.tick(self.step, signals.received)
@@ -1955,11 +2108,14 @@ class Trainer:
         tensors, state = load_tensors(path, self.run.config)
         if state.get("seed") != self.run.config.seed:
             raise UserError(f"{path} was made with SEED={state.get('seed')}, this run has {self.run.config.seed}")
-        for (name, p), average in zip(self.model.named_parameters(), self.ema):
-            p.copy_(tensors[f"weights.{name}"])
-            average.copy_(tensors[f"ema.{name}"])
-        self.optimizers.load(tensors)
-        self.step = state["step"]
+        try:
+            for (name, p), average in zip(self.model.named_parameters(), self.ema):
+                p.copy_(tensors[f"weights.{name}"])
+                average.copy_(tensors[f"ema.{name}"])
+            self.optimizers.load(tensors)
+            self.step = state["step"]
+        except KeyError as e:
+            raise UserError(f"{path} lacks {e.args[0]}: expected a checkpoint of this configuration") from None
         self.run.log(f"resumed step:{self.step} elapsed:{state['elapsed']:.2f}s from {path}")
         return state["cursor"], state["elapsed"]
 
@@ -3024,6 +3180,7 @@ def read_artifact_header(data: bytes, path: Path) -> tuple[dict, dict[str, bytes
     try:
         unpacker = zlib.decompressobj()
         header = json.loads(unpacker.decompress(packed, LONGEST_HEADER))
+        expect(isinstance(header["model"], dict) and isinstance(header["compressor"], str), "header (model, compressor)")
         header["tensors"] = specs = [Spec(name, tuple(shape), *rest) for name, shape, *rest in header["tensors"]]
         for spec in specs:
             numbers = (*spec.shape, spec.bits, spec.steps)
@@ -3036,7 +3193,7 @@ def read_artifact_header(data: bytes, path: Path) -> tuple[dict, dict[str, bytes
             expect(len(streams[name]) == size, f"stream {name} is cut off at {len(streams[name])} of {size} bytes")
             expect(zlib.crc32(streams[name]) == checksum_, f"checksum of stream {name}")
             at += size
-    except (ValueError, KeyError, TypeError, zlib.error) as e:
+    except (ValueError, KeyError, TypeError, RecursionError, zlib.error) as e:
         raise UserError(f"artifact {path} is damaged: header ({e})") from None
     expect(at == len(data), f"total length is {len(data)} bytes, expected {at}")
     return header, streams
@@ -3158,45 +3315,664 @@ def pack_windows(windows: np.ndarray, row: int) -> list[np.ndarray]:
     return [*rows, windows[first:]]
 
 
+class Sums(NamedTuple):
+    """Nats, tokens and bytes of what has been scored."""
+    nats: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(a + b for a, b in zip(self, other)))
+
+    @property
+    def loss(self) -> float:
+        return self.nats / max(self.tokens, 1)
+
+    @property
+    def bpb(self) -> float:
+        return self.nats / math.log(2) / max(self.bytes, 1)
+
+
 @torch.no_grad()
-def score_windows(run: Run, model: GPT, data: Validation, windows: np.ndarray, row: int, longest: int, name: str) -> Score:
-    """Loss and bits per byte over the scored part of all windows; rows of windows are shared out over the ranks."""
-    world, start = run.world, time.perf_counter()
-    tokens, n = data.tokens, len(data.tokens) - 1
-    rows = pack_windows(windows, row)
-    mine = rows[world.rank:: world.size]
-    progress = Progress(run.log, name, len(mine))
-    nats = torch.zeros((), dtype=torch.float64, device=world.device)
-    counts = torch.zeros(2, dtype=torch.float64)                    # tokens, bytes
-    for done, part in enumerate(mine):
+def sum_windows(run: Run, model: GPT, data: Validation, rows: list[np.ndarray], row: int, segments: Segments, name: str) -> Sums:
+    """Sums over the scored part of all windows in packed rows of `row` positions; segments: its longest and window."""
+    device, tokens = run.world.device, data.tokens
+    progress = Progress(run.log, name, len(rows))
+    nats, counts = torch.zeros((), dtype=torch.float64, device=device), np.zeros(2, np.int64)
+    for done, part in enumerate(rows):
         at = np.concatenate([np.arange(a, b) for a, b, _ in part])
         scored = np.concatenate([np.arange(a, b) >= first for a, b, first in part])
         padded = np.pad(at, (0, row - len(at)))
-        cu = pad_cu_seqlens(np.append(0, np.cumsum(part[:, 1] - part[:, 0])), row)
+        starts = np.append(0, np.cumsum(part[:, 1] - part[:, 0]))
+        cu = torch.from_numpy(pad_cu_seqlens(starts, row))
         as_row = lambda values: torch.from_numpy(values.astype(np.int64))[None]
-        batch = to_device(Batch(as_row(tokens[padded]), as_row(tokens[padded + 1]), Segments(torch.from_numpy(cu), longest)), world.device)
+        fresh = np.zeros(row, bool)                                 # windows that do not go on where the last one ended
+        fresh[starts[1:-1][part[1:, 0] != part[:-1, 1]]] = True
+        here = segments._replace(cu_seqlens=cu, fresh=torch.from_numpy(fresh)[None] if fresh.any() else None)
+        batch = to_device(Batch(as_row(tokens[padded]), as_row(tokens[padded + 1]), here), device)
         losses = model.losses(batch.ids, batch.targets, batch.segments)[0, : len(at)]
-        nats += losses.double()[torch.from_numpy(scored).to(world.device)].sum()
-        counts += torch.tensor([scored.sum(), data.byte_counts[at[scored] + 1].sum()], dtype=torch.float64)
+        nats += losses.double()[torch.from_numpy(scored).to(device)].sum()
+        counts += scored.sum(), data.byte_counts[at[scored] + 1].sum()
         progress(done + 1)
-    total = world.sum(torch.cat((nats[None].cpu(), counts)))
-    nats, scored, size = total.tolist()
-    run.log(f"val_tokens scored:{scored:.0f} total:{n} stage:{name}")
-    if scored != n:
-        raise RuntimeError(f"{name}: {scored:.0f} of {n} validation tokens scored")
-    return Score(nats / scored, nats / math.log(2) / max(size, 1), int(scored), time.perf_counter() - start)
+    return Sums(nats.item(), *counts.tolist())
 
 
-def evaluate(run: Run, model: GPT, data: Validation, name: str, sliding: bool = False) -> Score:
-    """Plain evaluation in rows of VAL_BATCH_TOKENS / 8, or with a sliding window of EVAL_SEQ_LEN and EVAL_STRIDE."""
+def sum_over_ranks(run: Run, data: Validation, mine: Sums, name: str) -> Sums:
+    """The sums of all ranks; a token scored twice or not at all is an error."""
+    total = run.world.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+    n = len(data.tokens) - 1
+    run.log(f"val_tokens scored:{total[1]:.0f} total:{n} stage:{name}")
+    if total[1] != n:
+        raise RuntimeError(f"{name}: {total[1]:.0f} of {n} validation tokens scored")
+    return Sums(total[0], int(total[1]), int(total[2]))
+
+
+def score_windows(run: Run, model: GPT, data: Validation, windows: np.ndarray, row: int, longest: int, name: str,
+                  window: int = 0) -> Score:
+    """Loss and bits per byte over the scored part of all windows; rows of windows are shared out over the ranks."""
+    world, start = run.world, time.perf_counter()
+    mine = pack_windows(windows, row)[world.rank:: world.size]
+    total = sum_over_ranks(run, data, sum_windows(run, model, data, mine, row, Segments(None, longest, window=window), name), name)
+    return Score(total.loss, total.bpb, total.tokens, time.perf_counter() - start)
+
+
+def evaluate(run: Run, model: GPT, data: Validation, name: str, sliding: bool = False, windowed: bool = False) -> Score:
+    """Plain evaluation in rows of VAL_BATCH_TOKENS / 8, or a sliding window of EVAL_SEQ_LEN and EVAL_STRIDE.
+
+    windowed: whole documents in one pass, every position attending to the EVAL_SEQ_LEN positions that end with it
+    (deeper layers reach further back, through the keys and values of what they see).
+    """
     c, longest = run.config, run.config.eval_seq_len
     row = min(c.val_batch_tokens // 8 // longest, -(-len(data.tokens) // longest)) * longest
+    if windowed:
+        windows = sliding_windows(data.tokens, len(data.tokens), 1)
+        size = int((windows[:, 1] - windows[:, 0]).max())
+        return score_windows(run, model, data, windows, max(row, -(-size // longest) * longest), size, name, longest)
     windows = sliding_windows(data.tokens, longest, c.eval_stride) if sliding else plain_windows(data.tokens, row, longest)
     return score_windows(run, model, data, windows, row, longest, name)
 
 
 def log_score(run: Run, label: str, score: Score):
     run.log(f"{label} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * score.seconds:.0f}ms")
+
+
+# ======================================================================================================================
+# ADAPT: phased test-time training; every token is scored before anything has learnt from it
+# ======================================================================================================================
+
+
+def score_first(chunks, score: Callable, adapt: Callable):
+    """The rule of test-time training: a chunk's losses are banked before the chunk can teach."""
+    for chunk in chunks:
+        yield score(chunk)
+        adapt(chunk)
+
+
+def find_documents(tokens: np.ndarray) -> np.ndarray:
+    """[documents, 2]: first position and number of targets of every document that has one.
+
+    The target of a document's last token is the next BOS; the last document has none for its last token.
+    """
+    n = len(tokens) - 1
+    starts = segment_bounds(tokens[:n], n)
+    return np.stack((starts, np.diff(starts, append=n)), 1)
+
+
+class DocumentBatch(NamedTuple):
+    """Documents [rows, 2] (see find_documents) that are read in step, longest first, and the length of their chunks."""
+    documents: np.ndarray
+    chunk: int
+
+    @property
+    def tokens(self) -> int:
+        return int(self.documents[:, 1].sum())
+
+
+def chunk_rules(config: Config) -> list[tuple[int, int]]:
+    """TTT_CHUNK_BY_LENGTH -> (longest document, chunk) pairs in order; raises UserError."""
+    try:
+        rules = sorted(tuple(int(x) for x in part.split(":")) for part in config.ttt_chunk_by_length.split(",") if part.strip())
+        if any(len(rule) != 2 or not 0 < rule[1] <= config.ttt_chunk_size for rule in rules):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"TTT_CHUNK_BY_LENGTH={config.ttt_chunk_by_length!r}: expected longest:chunk pairs such as 256:8,2000:24, "
+                        f"chunks of 1 to TTT_CHUNK_SIZE={config.ttt_chunk_size}") from None
+    return rules
+
+
+def document_batches(documents: np.ndarray, config: Config) -> list[DocumentBatch]:
+    """All documents, longest first, in batches of TTT_BATCH_SIZE that share a chunk length."""
+    rules, out = chunk_rules(config), []
+    ordered = documents[np.argsort(-documents[:, 1], kind="stable")]
+    chunks = [next((chunk for longest, chunk in rules if size <= longest), config.ttt_chunk_size) for size in ordered[:, 1]]
+    cuts = [0, *(np.flatnonzero(np.diff(chunks)) + 1), len(ordered)]
+    for a, b in zip(cuts, cuts[1:]):
+        out += [DocumentBatch(ordered[i: min(i + config.ttt_batch_size, b)], chunks[a]) for i in range(a, b, config.ttt_batch_size)]
+    return out
+
+
+class Phase(NamedTuple):
+    """Batches [first, last) are read; then, if documents > 0, the base weights train on the first so many documents."""
+    first: int
+    last: int
+    documents: int
+
+
+def plan_phases(batches: list[DocumentBatch], config: Config) -> list[Phase]:
+    """Phases end with the batch that completes their number of documents: the same for any number of ranks."""
+    done = np.cumsum([len(b.documents) for b in batches])
+    count = config.phased_ttt_num_phases if config.phased_ttt_enabled else 0
+    prefix = min(config.phased_ttt_prefix_docs, int(done[-1]))
+    ends = {}
+    for i in range(count):
+        boundary = prefix * (i + 1) // count
+        last = int(np.searchsorted(done, boundary)) + 1
+        if boundary > 0 and last < len(batches):            # after the last batch there is nobody to profit
+            ends[last] = boundary
+    cuts = [0, *ends, len(batches)]
+    return [Phase(a, b, ends.get(b, 0)) for a, b in zip(cuts, cuts[1:])]
+
+
+class DocumentAdapters:
+    """A LoRA on the matrices of every pass slot, and on the head, for each document of a batch; and their optimizer.
+
+    A starts uniform +-1/sqrt(in), B zero: a new document starts from the base model. All slots of a kind are one
+    tensor [slots, rows, ...], so that the optimizer is a few kernels.
+    """
+
+    def __init__(self, model: GPT, rows: int, seed: int):
+        c = self.c = model.config
+        D, kv, slots = c.model_dim, c.num_kv_heads * c.head_dim, len(c.pass_order(c.num_loops)[0])
+        outputs = {"q": D, "k": kv, "v": kv, "o": D, "mlp": D, "head": c.vocab_size}
+        self.shapes = {kind: (1 if kind == "head" else slots, out) for kind, out in outputs.items() if getattr(c, f"ttt_{kind}_lora")}
+        self.slots, self.dtype, self.device = slots, model.dtype, model.tok_emb.device
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.draw(rows)
+
+    def draw(self, rows: int):
+        """A of every row, new; the same for any rank."""
+        shape = (self.c.ttt_lora_rank, self.c.model_dim)
+        noise = lambda slots: torch.rand((slots, rows, *shape), generator=self.generator, device=self.device) * 2 - 1
+        self.kept = {kind: noise(slots) / math.sqrt(shape[1]) for kind, (slots, _) in self.shapes.items()}
+
+    def begin(self, rows: int):
+        """B zero, optimizer state zero; A as the row's last document left it (TTT_WARM_START_A), or new."""
+        if not self.c.ttt_warm_start_a:
+            self.draw(len(next(iter(self.kept.values()))[0]) if self.kept else rows)
+        zeros = lambda slots, out: torch.zeros(slots, rows, out, self.c.ttt_lora_rank, device=self.device)
+        self.a = {kind: a[:, :rows].clone().requires_grad_() for kind, a in self.kept.items()}
+        self.b = {kind: zeros(*shape).requires_grad_() for kind, shape in self.shapes.items()}
+        self.optimizer = self.make_optimizer()
+
+    def parameters(self) -> list[Tensor]:
+        return [*self.a.values(), *self.b.values()]
+
+    def make_optimizer(self) -> torch.optim.Optimizer | None:
+        c, options = self.c, {"lr": self.c.ttt_lora_lr, "weight_decay": self.c.ttt_weight_decay}
+        if not self.shapes:
+            return None
+        if c.ttt_optimizer == "sgd":
+            return torch.optim.SGD(self.parameters(), momentum=c.ttt_beta1, **options)
+        return torch.optim.AdamW(self.parameters(), betas=(c.ttt_beta1, c.ttt_beta2), eps=1e-10, fused=True, **options)
+
+    def keep(self):
+        """Remember A for the rows' next documents; a row that went wrong keeps the A that it began with."""
+        for kind, a in self.a.items():
+            target = self.kept[kind][:, : a.shape[1]]
+            fine = a.detach().isfinite().flatten(2).all(2).all(0)[None, :, None, None]
+            target.copy_(torch.where(fine, a.detach(), target))
+
+    def shrink(self, rows: int):
+        """Go on with the first `rows` documents only."""
+        self.keep()
+        old, state = self.parameters(), self.optimizer.state if self.optimizer else {}
+        cut = lambda t: t.detach()[:, :rows].clone()
+        self.a, self.b = ({kind: cut(t).requires_grad_() for kind, t in group.items()} for group in (self.a, self.b))
+        self.optimizer = self.make_optimizer()
+        for p, q in zip(old, self.parameters()):
+            if p in state:
+                self.optimizer.state[q] = {key: cut(t) if t.ndim == q.ndim else t for key, t in state[p].items()}
+
+    def build(self, rows: slice, caps: Tensor | None) -> Adapters:
+        """The forward's argument for some rows. Casting a whole stack and unbinding it once keeps its gradient one tensor."""
+        cast = lambda t: t[:, rows].to(self.dtype).unbind(0)
+        scale = self.c.ttt_lora_alpha / self.c.ttt_lora_rank
+        loras = {kind: [LoRA(a, b, scale) for a, b in zip(cast(self.a[kind]), cast(self.b[kind]))] for kind in self.a}
+        head = loras.pop("head", [None])[0]
+        passes = tuple(PassAdapters(**{kind: per_slot[i] for kind, per_slot in loras.items()}) for i in range(self.slots))
+        return Adapters(passes, head, caps)
+
+    def step(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class Reader:
+    """Reads one batch of documents chunk by chunk, each with its own adapter.
+
+    Published protocol: every chunk is read with the whole window before it. Cached: with the last TTT_LIVE_TOKENS
+    before it; of earlier positions the keys and values are kept as they were computed, under the adapter of that time.
+    """
+
+    def __init__(self, model: GPT, adapters: DocumentAdapters, batch: DocumentBatch, tokens: np.ndarray,
+                 cache: KeyValueCache | None = None, caps: Tensor | None = None):
+        self.model, self.adapters, self.cache, self.caps, self.c = model, adapters, cache, caps, model.config
+        self.chunk, self.sizes, self.rows = batch.chunk, batch.documents[:, 1], len(batch.documents)
+        starts, device = batch.documents[:, :1], model.tok_emb.device
+        at = np.minimum(starts + np.arange(len(self.chunks()) * self.chunk + 1), starts + self.sizes[:, None])
+        self.ids = torch.from_numpy(tokens[at].astype(np.int64)).to(device)
+        self.lengths = torch.from_numpy(self.sizes.astype(np.int64)).to(device)
+        adapters.begin(self.rows)
+        if cache:
+            cache.clear(self.rows)
+
+    def chunks(self) -> range:
+        return range(-(-int(self.sizes[0]) // self.chunk))
+
+    def score(self, chunk: int) -> Tensor:
+        """Losses [rows, chunk length] in nats, 0 where a document has ended; rows that ended for good are gone."""
+        first = chunk * self.chunk
+        left = int((self.sizes > first).sum())
+        rows = self.rows
+        while rows > 1 and -(-rows // 2) >= left:           # few sizes: halves
+            rows = -(-rows // 2)
+        if rows < self.rows:
+            self.rows = rows
+            self.adapters.shrink(rows)
+            if self.cache:
+                self.cache.rows = rows
+        self.teaches = bool(self.adapters.shapes) and bool((self.sizes > first + self.chunk).any())
+        losses = self.forward(chunk)
+        ended = first + torch.arange(self.chunk, device=self.ids.device) >= self.lengths[: self.rows, None]
+        return losses.masked_fill(ended, 0.0)
+
+    def adapt(self, chunk: int):
+        """Update the adapters of the documents that go on with the mean loss of the chunk just banked."""
+        for i in range(self.c.ttt_grad_steps if self.teaches else 0):
+            if i:
+                self.forward(chunk)
+            self.adapters.step()
+        if self.cache:
+            live = max((chunk + 1) * self.chunk - self.c.ttt_live_tokens, 0)
+            if live > self.cache.position:
+                self.cache.advance(live - self.cache.position)
+
+    def forward(self, chunk: int) -> Tensor:
+        """Losses of the chunk's targets, detached; their gradient waits in the adapters, which nothing changes here.
+
+        Rows do not touch each other, so that a long window can be read by some of them at a time.
+        """
+        first, last, device = chunk * self.chunk, (chunk + 1) * self.chunk, self.ids.device
+        targets, inside = self.ids[: self.rows, first + 1: last + 1], torch.arange(self.chunk, device=device)
+        if self.cache:
+            live = self.cache.position
+            ids, at = self.ids[: self.rows, max(live - 1, 0): last], (first - live + inside).expand(self.rows, -1)
+            parts = 1
+        else:
+            longest = self.c.ttt_eval_seq_len
+            ends = np.minimum(last, self.sizes[: self.rows])
+            width = int((ends - np.maximum(ends - longest, 0)).max())
+            starts = (self.lengths[: self.rows, None].clamp(max=last) - longest).clamp(min=0)
+            ids = self.ids[: self.rows].gather(1, (starts + torch.arange(width, device=device)).clamp(max=self.ids.shape[1] - 1))
+            at = (first - starts + inside).clamp(0, width - 1)
+            parts = -(-self.rows // max(self.c.ttt_micro_tokens // width, 1))
+        goes_on, out = self.lengths[: self.rows] > last, []
+        for i in range(parts):
+            some = slice(self.rows * i // parts, self.rows * (i + 1) // parts)
+            with torch.set_grad_enabled(self.teaches or self.model.compiled):       # compiled: the same graphs for last chunks
+                losses = self.model.losses(ids[some], targets[some], adapters=self.adapters.build(some, self.caps), cache=self.cache,
+                                           at_BC=at[some])
+                if self.teaches:
+                    torch.where(goes_on[some], losses.mean(1), 0.0).sum().backward()
+            out.append(losses.detach())
+        return torch.cat(out)
+
+
+@contextlib.contextmanager
+def compiling(model: GPT, wanted: bool):
+    """Whether the model runs compiled inside a with-block (never where it was not built so)."""
+    before, model.compiled = model.compiled, model.compiled and wanted
+    try:
+        yield
+    finally:
+        model.compiled = before
+
+
+def train_globally(run: Run, model: GPT, tokens: np.ndarray, documents: np.ndarray, caps: Tensor | None,
+                   out_of_time: Callable[[], bool]):
+    """One SGD pass over documents already scored, on all base weights; every rank calls it and ends with the same weights.
+
+    Chunks of GLOBAL_TTT_CHUNK_TOKENS in the order of reading, all but the last trained on; the gradient is that of the
+    mean over a step's tokens on all ranks, so the number of ranks does not change the result.
+    """
+    c, world, start = run.config, run.world, time.perf_counter()
+    stream = np.concatenate([tokens[a: a + size] for a, size in documents])
+    total, longest = len(stream) - 1, c.eval_seq_len
+    chunks = -(-total // c.global_ttt_chunk_tokens)
+    parameters = [*model.parameters(), *([] if caps is None else [caps])]
+    optimizer = torch.optim.SGD(parameters, lr=c.global_ttt_lr, momentum=c.global_ttt_momentum)
+    for i in range(chunks - 1):
+        first, last = (min((i + j) * c.global_ttt_chunk_tokens, total) for j in (0, 1))
+        lr = c.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * i / max(chunks - 1, 1)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if world.sum(torch.tensor(float(bool(out_of_time()))), dist.ReduceOp.MAX):
+            run.log(f"ttt_time_limit: global pass stopped at chunk {i + 1}/{chunks}")
+            break
+        for _ in range(c.global_ttt_epochs):
+            for a in range(first, last, c.global_ttt_batch_seqs * longest):
+                b = min(a + c.global_ttt_batch_seqs * longest, last)
+                global_step(run, model, stream, a, b, parameters, caps, optimizer)
+        run.log(f"tttg: c{i + 1}/{chunks} lr:{lr:.6f} t:{time.perf_counter() - start:.1f}s")
+
+
+def global_step(run: Run, model: GPT, stream: np.ndarray, a: int, b: int, parameters: list[Tensor], caps: Tensor | None, optimizer):
+    """SGD on the mean loss of the targets of positions [a, b), sequences of them shared out over the ranks.
+
+    A segment ends with its sequence and, if documents are respected, its document. The token before a rank's share is
+    read with it (for the SmearGate), so that shares do not matter.
+    """
+    c, world, longest = run.config, run.world, run.config.eval_seq_len
+    sequences = -(-(b - a) // longest)
+    mine = [min(a + longest * (sequences * (world.rank + i) // world.size), b) for i in (0, 1)]
+    optimizer.zero_grad(set_to_none=True)
+    if mine[1] > mine[0]:
+        lead = min(mine[0], 1)
+        row = stream[mine[0] - lead: mine[1] + 1]
+        starts = np.append(np.zeros(lead, np.int64), np.arange(lead, len(row) - 1, longest))
+        if c.global_ttt_respect_doc_boundaries:
+            starts = np.union1d(starts, np.flatnonzero(row[:-1] == BOS))
+        ids, cu = torch.from_numpy(row.astype(np.int64))[None], torch.from_numpy(pad_cu_seqlens(starts, len(row) - 1))
+        batch = to_device(Batch(ids[:, :-1], ids[:, 1:], Segments(cu, longest)), world.device)
+        adapters = None if caps is None else Adapters((NO_ADAPTERS,) * len(c.pass_order(c.num_loops)[0]), caps=caps)
+        (model.losses(batch.ids, batch.targets, batch.segments, adapters=adapters)[:, lead:].sum() / (b - a)).backward()
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        world.sum(p.grad)
+    length = torch.nn.utils.clip_grad_norm_(parameters, c.global_ttt_grad_clip or math.inf)
+    if math.isfinite(length.item()):
+        optimizer.step()
+    else:
+        run.log("ttt_non_finite: a global step was skipped")
+
+
+class Crew:
+    """What ranks share while each reads at its own pace, in torch.distributed's store: a queue, barriers, sums, life signs.
+
+    A thread on every rank signs every two seconds and reads the others' signs. A rank that has not signed for
+    SILENCE seconds is lost: whoever waits raises UserError, whoever hangs in a collective is ended.
+    """
+    SILENCE = 30.0
+    count = 0           # crews so far in this process: each has its own names in the store
+
+    def __init__(self, world: World):
+        self.world, self.lost, self.finished = world, "", threading.Event()
+        Crew.count += 1
+        if world.size > 1:
+            self.store = dist.PrefixStore(f"ttt/{Crew.count}", dist.distributed_c10d._get_default_store())
+            self.thread = threading.Thread(target=self.watch, daemon=True)
+            self.thread.start()
+        else:
+            self.store = dist.HashStore()
+
+    def watch(self):
+        seen, turn, noticed = {}, 0, 0.0
+        while not self.finished.wait(2.0):
+            try:
+                turn += 1
+                self.store.set(f"sign/{self.world.rank}", str(turn))
+                now = time.monotonic()
+                for rank in set(range(self.world.size)) - {self.world.rank}:
+                    sign = self.store.get(f"sign/{rank}") if self.store.check([f"sign/{rank}"]) else b""
+                    if seen.setdefault(rank, (sign, now))[0] != sign:
+                        seen[rank] = (sign, now)
+                    if sign != b"finished" and now - seen[rank][1] > self.SILENCE:
+                        self.lost = f"rank {rank} has not answered for {now - seen[rank][1]:.0f} s"
+            except RuntimeError as e:                   # the store went with the rank that kept it
+                self.lost = f"the store of the ranks is gone ({str(e).splitlines()[0][:80]})"
+            if self.lost and not noticed:
+                noticed = time.monotonic()
+                print(f"error: rank {self.world.rank}: {self.lost}", file=sys.stderr, flush=True)
+            if self.lost and time.monotonic() - noticed > 10:
+                os._exit(1)
+
+    def check(self):
+        if self.lost:
+            raise UserError(f"test-time training stopped: {self.lost}", code=1)
+
+    def take(self, phase: int) -> int:
+        """The next number 0, 1, 2, ... of a phase's queue: each goes to one rank."""
+        self.check()
+        return self.store.add(f"queue/{phase}", 1) - 1
+
+    def meet(self, label: str):
+        """Wait until every rank is here."""
+        if self.world.size == 1:
+            return
+        self.store.add(f"meet/{label}", 1)
+        while self.store.add(f"meet/{label}", 0) < self.world.size:
+            self.check()
+            time.sleep(0.02)
+
+    def stopping(self, signal_number: int) -> bool:
+        """Has any rank been told to stop? Tells the others."""
+        if signal_number:
+            self.store.set("stop", str(signal_number))
+        return bool(signal_number) or self.world.size > 1 and self.store.check(["stop"])
+
+    def post(self, sums: Sums):
+        """Publish this rank's sums so far."""
+        self.store.set(f"sums/{self.world.rank}", json.dumps(sums))
+
+    def total(self) -> Sums:
+        """The sums that all ranks have published."""
+        keys = [f"sums/{rank}" for rank in range(self.world.size)]
+        return sum((Sums(*json.loads(self.store.get(key))) for key in keys if self.store.check([key])), Sums())
+
+    def close(self):
+        if self.world.size > 1 and not self.finished.is_set():
+            self.finished.set()
+            self.thread.join()
+            with contextlib.suppress(RuntimeError):
+                self.store.set(f"sign/{self.world.rank}", "finished")
+
+
+class Deadline:
+    """When to stop adapting so that plain scoring of the rest still ends before the limit."""
+
+    def __init__(self, began: float, limit: float, plain_rate: float):
+        self.began, self.limit, self.plain_rate, self.longest, self.last = began, limit, plain_rate, 0.0, time.perf_counter()
+
+    def over(self, left: float) -> bool:
+        """left: tokens that this rank has yet to score. Keeps room for the longest time between two questions."""
+        now = time.perf_counter()
+        self.longest, self.last = max(self.longest, now - self.last), now
+        return self.limit > 0 and now - self.began + 1.25 * left / self.plain_rate + 2 * self.longest + 0.01 * self.limit > self.limit
+
+
+class Adaptation:
+    """Phased test-time training over all validation documents (document A; spec evaluation.md)."""
+
+    def __init__(self, run: Run, model: GPT, data: Validation, name: str, began: float, plain_rate: float, bank: Callable | None = None):
+        c = self.c = run.config
+        self.run, self.model, self.data, self.name, self.bank = run, model, data, name, bank
+        self.batches = document_batches(find_documents(data.tokens), c)
+        self.phases = plan_phases(self.batches, c)
+        self.deadline = Deadline(began, c.eval_time_limit, plain_rate)
+        self.rows = max(len(b.documents) for b in self.batches)
+        self.caps = torch.full((2,), c.logit_softcap, device=run.world.device) if c.asym_logit_rescale else None
+        self.cache = None
+        if c.ttt_protocol == "cached":
+            self.cache = KeyValueCache(model, self.rows, c.ttt_eval_seq_len, max(1024, c.ttt_chunk_size + c.ttt_live_tokens))
+        self.mine, self.plain, self.adapting, self.read, self.current = Sums(), [], True, 0, 0
+
+    def sums(self, documents: np.ndarray, scored: np.ndarray, nats: np.ndarray) -> Sums:
+        """Of the first `scored` targets of each document."""
+        counts = self.data.byte_counts
+        size = sum(int(counts[a + 1: a + 1 + n].sum()) for a, n in zip(documents[:, 0], scored))
+        return Sums(float(nats.sum()), int(scored.sum()), size)
+
+    def leave_plain(self, documents: np.ndarray, scored: np.ndarray):
+        """Have the rest of these documents scored without adapters, before the phase ends."""
+        longest = self.c.eval_seq_len
+        for (start, size), done in zip(documents, scored):
+            self.plain += [(a, min(a + longest, start + size), max(a, start + done))
+                           for a in range(start, start + size, longest) if a + longest > start + done and done < size]
+
+    def score_plain(self):
+        """Score what leave_plain has gathered."""
+        if self.plain:
+            windows, longest = np.array(self.plain), self.c.eval_seq_len
+            row = min(self.c.val_batch_tokens // 8 // longest, -(-int((windows[:, 1] - windows[:, 0]).sum()) // longest)) * longest
+            more = sum_windows(self.run, self.model, self.data, pack_windows(windows, row), row, Segments(None, longest), self.name)
+            if not math.isfinite(more.nats):
+                raise UserError(f"{self.name}: the loss without adapters is {more.nats} too: the model is not usable", code=1)
+            self.mine, self.plain = self.mine + more, []
+
+    def read_batch(self, batch: DocumentBatch, adapters: DocumentAdapters, stop: Callable[[int], bool]) -> Sums:
+        """Score first, then adapt, chunk by chunk; stop(tokens scored in this batch) breaks off after a chunk."""
+        reader = Reader(self.model, adapters, batch, self.data.tokens, self.cache, self.caps)
+        nats = torch.zeros(len(batch.documents), dtype=torch.float64, device=self.run.world.device)
+        sizes, scored = batch.documents[:, 1], np.zeros(len(batch.documents), np.int64)
+        with compiling(self.model, self.c.ttt_compile):
+            for chunk, losses in zip(reader.chunks(), score_first(reader.chunks(), reader.score, reader.adapt)):
+                nats[: len(losses)] += losses.double().sum(1)
+                scored = np.minimum(sizes, (chunk + 1) * batch.chunk)
+                if self.bank:
+                    self.bank(batch, chunk, losses)
+                if stop(int(scored.sum())):
+                    break
+        adapters.keep()
+        nats = nats.cpu().numpy()
+        wrong = ~np.isfinite(nats)
+        for start, size in batch.documents[wrong]:
+            self.run.log(f"ttt_non_finite: document at token {start} ({size} tokens) is scored without adapters")
+        scored[wrong], nats[wrong] = 0, 0.0
+        if not self.signals.received:
+            self.leave_plain(batch.documents, scored)
+        return self.sums(batch.documents, scored, nats)
+
+    def stop(self, scored: int) -> bool:
+        """Asked after every chunk: a signal, or just enough time left to score the rest of the data plainly?"""
+        if self.signals.received:
+            return True
+        if self.c.eval_time_limit and self.run.world.device.type == "cuda":
+            self.run.world.sync()                   # the clock must not run ahead of the device
+        later = (len(self.data.tokens) - 1 - self.read) / self.run.world.size
+        if self.adapting and self.deadline.over(later + self.current - scored + sum(b - first for _, b, first in self.plain)):
+            self.adapting = False
+            self.run.log(f"ttt_time_limit: {time.perf_counter() - self.deadline.began:.1f} s of {self.c.eval_time_limit:.0f} s used; "
+                         f"the rest is scored without adapters")
+        return not self.adapting
+
+    def score(self) -> Score:
+        """Everything, in phases. Raises UserError on a signal (code 130) and when a rank is lost."""
+        run, world, start = self.run, self.run.world, time.perf_counter()
+        documents, boundaries = np.concatenate([b.documents for b in self.batches]), [p.documents for p in self.phases[:-1]]
+        prefix = max(boundaries, default=0)
+        run.log(f"ttt_phased: total_docs:{len(documents)} prefix_docs:{prefix} suffix_docs:{len(documents) - prefix} "
+                f"num_phases:{len(boundaries)} boundaries:{boundaries}")
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.signals, self.crew = Signals(), Crew(world)
+        self.progress = Progress(run.log, self.name, len(self.data.tokens) - 1)
+        self.warm_up()
+        try:
+            for number, phase in enumerate(self.phases):
+                self.read_phase(number, phase)
+                self.crew.meet(f"phase {number}")
+                self.finish_if_signalled()
+                if phase.documents:
+                    done, seconds = sum(len(b.documents) for b in self.batches[: phase.last]), time.perf_counter() - start
+                    run.log(f"ttpp: phase:{number + 1}/{len(boundaries)} pd:{done} gd:{phase.documents} t:{seconds:.1f}s")
+                    self.train_globally(documents[: phase.documents], self.batches[phase.last:])
+            self.crew.close()
+            total = sum_over_ranks(run, self.data, self.mine, self.name)
+        except (RuntimeError, dist.DistError) as e:
+            if world.size > 1 and any(word in str(e).lower() for word in ("connection", "peer", "socket", "broken pipe", "reset")):
+                raise UserError(f"test-time training stopped: a rank is gone ({str(e).splitlines()[0][:100]})", code=1) from None
+            raise
+        finally:
+            self.crew.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return Score(total.loss, total.bpb, total.tokens, time.perf_counter() - start)
+
+    def read_phase(self, number: int, phase: Phase):
+        run, adapters, begun = self.run, None, sum(len(b.documents) for b in self.batches[: phase.first])
+        while not self.crew.stopping(self.signals.received) and (i := phase.first + self.crew.take(number)) < phase.last:
+            batch = self.batches[i]
+            self.read, self.current = sum(b.tokens for b in self.batches[: i + 1]), batch.tokens
+            if self.stop(0):
+                self.leave_plain(batch.documents, np.zeros(len(batch.documents), np.int64))
+                continue
+            if adapters is None:                    # anew in every phase
+                adapters = DocumentAdapters(self.model, self.rows, self.c.seed + number)
+            got = self.read_batch(batch, adapters, self.stop)
+            self.mine += got
+            self.crew.post(self.mine)
+            if run.world.rank == 0:
+                total = self.crew.total()
+                run.log(f"ttp: b{len(self.batches) - i}/{len(self.batches)} bl:{got.loss:.4f} bb:{got.bpb:.4f} rl:{total.loss:.4f} "
+                        f"rb:{total.bpb:.4f} dl:{batch.documents[-1, 1]}-{batch.documents[0, 1]} gd:{int(begun > 0)}")
+                self.progress(max(total.tokens, 1))
+        if not self.signals.received:
+            self.score_plain()
+            self.crew.post(self.mine)
+
+    def train_globally(self, documents: np.ndarray, rest: list[DocumentBatch]):
+        """The end of a phase, unless any rank has run out of time."""
+        left = sum(b.tokens for b in rest) / self.run.world.size
+        if self.run.world.sum(torch.tensor(float(not self.adapting)), dist.ReduceOp.MAX):
+            self.adapting = False
+            return
+        self.model.requires_grad_(True)
+        with compiling(self.model, self.c.ttt_compile):
+            train_globally(self.run, self.model, self.data.tokens, documents, self.caps,
+                           lambda: self.signals.received or self.deadline.over(left))
+        for p in self.model.parameters():
+            p.grad = None
+        self.model.requires_grad_(False)
+
+    def warm_up(self):
+        """Compile, on random tokens, everything that reading will need."""
+        self.model.requires_grad_(False)
+        if self.caps is not None:
+            self.caps.requires_grad_(True)
+        if not (self.c.ttt_compile and self.model.compiled):
+            return
+        start, chunk = time.perf_counter(), self.c.ttt_chunk_size
+        tokens = np.random.default_rng(0).integers(2, self.c.vocab_size, 5 * chunk * self.rows + 1).astype(np.uint16)
+        sizes = np.where(np.arange(self.rows) < max(self.rows // 2, 1), 5 * chunk, 3 * chunk)
+        documents = np.stack((np.arange(self.rows) * 5 * chunk, sizes), 1)
+        adapters = DocumentAdapters(self.model, self.rows, 0)
+        reader = Reader(self.model, adapters, DocumentBatch(documents, chunk), tokens, self.cache, self.caps)
+        with compiling(self.model, True):
+            for _ in score_first(reader.chunks(), reader.score, reader.adapt):
+                pass
+        self.run.world.sync()
+        self.run.log(f"ttt_warm_up: compiled on random tokens in {time.perf_counter() - start:.1f}s")
+
+    def finish_if_signalled(self):
+        """After a signal on any rank: the score of what is done, marked partial."""
+        total, n = self.crew.total(), len(self.data.tokens) - 1       # before the collective: then the store may go
+        if self.run.world.sum(torch.tensor(float(self.signals.received)), dist.ReduceOp.MAX):
+            self.run.log(f"partial {self.name} val_loss:{total.loss:.8f} val_bpb:{total.bpb:.8f} tokens:{total.tokens} of {n}")
+            raise UserError(f"{self.name} stopped by a signal after {total.tokens} of {n} tokens; the score of these is partial", code=130)
+
+
+def evaluate_adapted(run: Run, model: GPT, data: Validation, name: str, began: float, plain_rate: float,
+                     bank: Callable | None = None) -> Score:
+    """Test-time training over the validation documents; changes the model's weights in its global phases.
+
+    began: perf_counter at the start of the evaluation budget. plain_rate: tokens a second of one rank without
+    adapters. bank(batch, chunk, losses): called with every chunk's banked losses.
+    """
+    grad = [p.requires_grad for p in model.parameters()]
+    try:
+        return Adaptation(run, model, data, name, began, plain_rate, bank).score()
+    finally:
+        for p, wanted in zip(model.parameters(), grad):
+            p.requires_grad_(wanted)
 
 
 # ======================================================================================================================
@@ -3215,6 +3991,7 @@ def preflight(run: Run) -> Inputs:
     c = run.config
     select_kernels(c)
     micro_batch(c, run.world.size)
+    chunk_rules(c)
     paths = find_shards(c, "train") if not c.ttt_eval_only else []
     shards = [read_shard(p, c.vocab_size) for p in paths]
     if shards:
@@ -3449,14 +4226,24 @@ def hessian_report(quantizer: Quantizer, coded: dict[str, IntTensor | HalfTensor
 
 def score_artifact(run: Run, model: GPT, path: Path, data: Validation):
     """The submission's own score: read back from disk, unpacked, evaluated, inside the evaluation budget."""
+    c, began = run.config, time.perf_counter()
     with run.ledger.stage("unpack", "eval"):
         coded = run.world.together(lambda: read_artifact(path, run.config))
         import_weights(model, restore(coded), str(path))
     with run.ledger.stage("eval_quantized", "eval"):
-        log_score(run, "diagnostic quantized", evaluate(run, model, data, "quantized"))
-    if run.config.sliding_window_enabled:
+        plain = evaluate(run, model, data, "quantized")
+        log_score(run, "diagnostic quantized", plain)
+    if c.windowed_eval_enabled:
+        with run.ledger.stage("eval_windowed", "eval"):
+            log_score(run, "quantized_windowed", evaluate(run, model, data, "quantized_windowed", windowed=True))
+    if c.sliding_window_enabled:
         with run.ledger.stage("eval_sliding", "eval"):
             log_score(run, "quantized_sliding_window", evaluate(run, model, data, "quantized_sliding_window", sliding=True))
+    if c.ttt_enabled:
+        name = "quantized_ttt_phased" if c.phased_ttt_enabled else "quantized_ttt"
+        with run.ledger.stage("eval_ttt", "eval"):
+            rate = plain.tokens / plain.seconds / run.world.size
+            log_score(run, name, evaluate_adapted(run, model, data, name, began, rate))
     run.ledger.close("eval")
 
 
@@ -3491,7 +4278,7 @@ def pipeline(config: Config, world: World, log: Log):
 
 
 def main() -> int:
-    world = log = None
+    world = log = config = None
     try:
         config, warnings = load_config(dict(os.environ))
         if config.config_check:
@@ -3504,8 +4291,10 @@ def main() -> int:
             log(line)
         pipeline(config, world, log)
     except UserError as e:
-        if int(os.environ.get("RANK", 0) or 0) == 0:
-            (log or print)(f"error: {e}") if log else print(f"error: {e}", file=sys.stderr)
+        if log:
+            log(f"error: {e}")
+        elif os.environ.get("RANK", "0") == "0" or (config and not world):      # what every rank finds is said once
+            print(f"error: {e}", file=sys.stderr)
         return e.code
     finally:
         if world:

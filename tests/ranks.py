@@ -1,0 +1,99 @@
+"""The same toy training on several numbers of ranks (gloo, one machine); run by test_train.py.
+
+    python ranks.py OUT 1 2 3 4        # OUT/<size>_<rank>.pt: everything that must not depend on the number of ranks
+
+Twelve spans a step, so that 1 rank x 12 micro-steps, 2 x 6, 3 x 4 and 4 x 3 see the same global batch.
+"""
+
+import os
+import sys
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+import numpy as np
+import torch
+import torch._dynamo  # noqa: F401  (AdamW loads it on its first step: once here, not in every child)
+
+import toy
+import train_gpt as tg
+
+SPANS, TOKENS, STEPS = 12, 16, 5
+
+
+def run(out: Path, size: int, rank: int, store: str):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    world = toy.world(rank, size)
+    c = toy.config(TRAIN_BATCH_TOKENS=SPANS * TOKENS, GRAD_ACCUM_STEPS=SPANS // size, TRAIN_SEQ_LEN=10, GRAD_CLIP_NORM=0.5,
+                   CHECKPOINT_EVERY=0)
+    tg.SMALLEST_QUANTISED = 500
+    shards = [toy.row(3000, range(0, 3000, 23), 1), toy.row(500, range(0, 500, 31), 2)]
+    r = toy.run(c, out / str(size), toy.ListLog(), world)
+    trainer = tg.Trainer(r, toy.model(c, seed=rank), shards)       # rank 0's weights must win
+    result = {"start": [p.detach().clone() for p in trainer.model.parameters()], "norms": [], "tokens": []}
+    stream = trainer.stream()
+    batches = tg.Prefetcher(stream, world.device)
+    spans = trainer.stream()
+    for step in range(STEPS):
+        trainer.take_step(batches, (0, 0, 1, 2, 2)[step], 1 - 0.1 * step)
+        result["norms"].append(trainer.pending.grad_norm.item())
+        trainer.settle()
+        result["tokens"].append(np.concatenate([spans.next()[0] for _ in range(trainer.accumulate)]))
+    batches.close()
+    result["weights"] = [p.detach().clone() for p in trainer.model.parameters()]
+    result["ema"] = [e.clone() for e in trainer.ema]
+    trainer.clock = tg.Clock(world, 0.0)
+    trainer.save(batches.cursor)
+    optimizer = {k: v.clone() for k, v in trainer.optimizers.save().items()}
+    result["optimizer"] = optimizer
+
+    # the checkpoint of four ranks goes on on any number of ranks (written last, so the sizes run in falling order)
+    world.sum(torch.zeros(1))
+    tensors, _ = tg.load_tensors(out / "4" / "checkpoint.safetensors", c)
+    trainer.optimizers.load(tensors)
+    result["reloaded"] = {k: v.clone() for k, v in trainer.optimizers.save().items()}
+
+    # from here on everybody has the same weights, so that only summation order differs
+    model = toy.model(c)
+    hessians = tg.collect_hessians(r, model, shards, SPANS // size)
+    result["hessians"] = hessians
+    weights = {n: t.detach().clone() for n, t in tg.export_weights(dict(model.named_parameters()), c.num_layers).items()}
+    exact = {n: torch.eye(len(h)) + 0.1 for n, h in hessians.items()}
+    result["coded"] = {n: tuple(t) for n, t in tg.quantize(r, weights, exact).items()}
+    tokens = toy.row(1237, range(0, 1237, 41), 3)
+    data = tg.Validation(tokens, np.arange(len(tokens)) % 7)
+    result["scores"] = [tg.evaluate(r, model, data, "plain")[:3], tg.evaluate(r, model, data, "sliding", sliding=True)[:3]]
+
+    # an error on one rank is everybody's
+    def fail():
+        if rank == size - 1:
+            raise tg.UserError("only here", code=7)
+    try:
+        world.together(fail)
+        result["error"] = None
+    except tg.UserError as e:
+        result["error"] = (str(e), e.code)
+    result["log"] = r.log.lines
+    torch.save(result, out / f"{size}_{rank}.pt")
+    world.sum(torch.zeros(1))
+    torch.distributed.destroy_process_group()
+
+
+def main() -> int:
+    out, sizes = Path(sys.argv[1]), sorted(map(int, sys.argv[2:]), reverse=True)
+    context, codes = get_context("fork"), []
+    for size in sizes:
+        children = [context.Process(target=run, args=(out, size, rank, str(out / f"store{size}"))) for rank in range(size)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+        codes += [child.exitcode for child in children]
+    return int(any(codes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""KERNELS: every reference against float64, every fast kernel against its reference (Triton; here its interpreter)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+import toy
+import torch
+import train_gpt as tg
+
+# Odd sizes everywhere: no power of two, one row, vocabularies above and below one block of the kernel.
+SOFTCAP_CASES = [(1, 2, 30.0), (5, 384, 30.0), (3, 1000, 2.0), (7, 127, 30.0), (2, 8193, 30.0)]
+HEADS_CASES = [(1, 3, 4, 2, 8, 2), (2, 37, 4, 4, 16, 8), (1, 65, 6, 1, 24, 4), (1, 5, 2, 1, 8, 0)]       # B, T, H, K, d, half
+GATED_CASES = [(1, 3, 4, 2, 8), (2, 37, 4, 4, 16), (1, 65, 6, 1, 24), (1, 33, 2, 1, 64)]
+
+
+def softcap_inputs(n, v, device="cpu", dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    logits = (30 * torch.randn(n, v, generator=g)).to(dtype).to(device)
+    return logits, torch.randint(v, (n,), generator=g).to(device), torch.randn(n, generator=g).to(device)
+
+
+def softcap_float64(logits, targets, grad, cap):
+    """Losses and the gradient of sum(grad * losses), row by row."""
+    x, losses, out = logits.double().cpu().numpy(), [], []
+    for row, target, weight in zip(x, targets.tolist(), grad.tolist()):
+        z = cap * np.tanh(row / cap)
+        p = np.exp(z - z.max())
+        total = z.max() + np.log(p.sum())
+        p /= p.sum()
+        p[target] -= 1
+        losses.append(total - z[target])
+        out.append(weight * p * (1 - np.tanh(row / cap) ** 2))
+    return np.array(losses), np.array(out)
+
+
+def near(actual, expected, tolerance, what=""):
+    """Largest deviation relative to the largest value (never a vacuous comparison: all finite, some not zero)."""
+    actual, expected = np.asarray(actual.detach().double().cpu()), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape and np.isfinite(actual).all(), what
+    error = np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-9)
+    assert error < tolerance, (what, error)
+
+
+def poison(device):
+    """Fill freed memory with NaN, so that an output that a kernel does not write shows up."""
+    blocks = [torch.full((1 << 16,), float("nan"), device=device) for _ in range(64)]
+    del blocks
+
+
+def check_softcap(function, device, dtype, tolerance):
+    for n, v, cap in SOFTCAP_CASES:
+        logits, targets, grad = softcap_inputs(n, v, device, dtype)
+        losses, grads = softcap_float64(logits, targets, grad, cap)
+        logits.requires_grad_()
+        poison(device)
+        out = function(logits, targets, cap)
+        assert out.dtype == torch.float32
+        near(out, losses, 1e-5, "losses")
+        out.backward(grad)
+        near(logits.grad, grads, tolerance, "gradient")
+
+
+def heads_inputs(B, T, H, K, d, half, device, dtype):
+    g = torch.Generator().manual_seed(1)
+    qkv = (torch.randn(B, T, (H + 2 * K) * d, generator=g) * torch.logspace(-2, 1, T)[:, None]).to(dtype).to(device)
+    angles = torch.arange(T)[:, None] * torch.rand(half, generator=g)
+    return qkv, (torch.rand(H, generator=g) + 1).to(device), angles.cos().to(device), angles.sin().to(device)
+
+
+def heads_float64(qkv, gain, cos, sin, kv):
+    """The same in torch float64 without any of train_gpt's code (differentiable)."""
+    B, T, _ = qkv.shape
+    H, half = len(gain), cos.shape[1]
+    q, k, v = qkv.view(B, T, H + 2 * kv, -1).split((H, kv, kv), 2)
+
+    def turned(x):
+        x = x / (x.square().mean(-1, keepdim=True) + reference.EPS).sqrt()
+        a, b, rest = x[..., :half], x[..., half: 2 * half], x[..., 2 * half:]
+        c, s = cos.double()[None, :, None], sin.double()[None, :, None]
+        return torch.cat((a * c + b * s, b * c - a * s, rest), -1)
+
+    return turned(q) * gain.double()[None, None, :, None], turned(k), v
+
+
+def check_heads(function, device, dtype, tolerance):
+    for B, T, H, K, d, half in HEADS_CASES:
+        qkv, gain, cos, sin = heads_inputs(B, T, H, K, d, half, device, dtype)
+        exact = [qkv.double().cpu().requires_grad_(), gain.double().cpu().requires_grad_()]
+        expected = heads_float64(*exact, cos.cpu(), sin.cpu(), K)
+        leaves = [qkv.requires_grad_(), gain.requires_grad_()]
+        poison(device)
+        out = function(*leaves, cos, sin, K)
+        g = torch.Generator().manual_seed(2)
+        grads = [torch.randn(t.shape, generator=g).to(dtype) for t in expected]
+        for a, b, name in zip(out, expected, "qkv"):
+            near(a, b.detach(), tolerance, name)
+        torch.autograd.backward(out, [x.to(device) for x in grads])
+        torch.autograd.backward(expected, [x.double() for x in grads])
+        near(leaves[0].grad, exact[0].grad, tolerance, "dqkv")
+        near(leaves[1].grad, exact[1].grad, tolerance, "dgain")
+
+
+def gated_float64(y, v, z, xsa, scale, factor):
+    B, T, H, d = y.shape
+    if xsa:
+        unit = (v / v.norm(dim=-1, keepdim=True)).repeat_interleave(H // v.shape[2], 2)
+        y = y - (y * unit).sum(-1, keepdim=True) * unit
+    return y * (factor / (1 + (-scale * z).exp()))[..., None]
+
+
+def check_gated(function, device, dtype, tolerance):
+    for B, T, H, K, d in GATED_CASES:
+        for xsa, scale, factor in ((True, 0.5, 1.0), (True, 1.0, 2.0), (False, 1.0, 1.0)):
+            g = torch.Generator().manual_seed(3)
+            inputs = [torch.randn(B, T, *shape, generator=g).to(dtype).to(device) for shape in ((H, d), (K, d), (H,))]
+            exact = [t.double().cpu().requires_grad_() for t in inputs]
+            expected = gated_float64(*exact, xsa, scale, factor)
+            leaves = [t.requires_grad_() for t in inputs]
+            poison(device)
+            out = function(*leaves, xsa, scale, factor)
+            near(out, expected.detach(), tolerance, "out")
+            grad = torch.randn(out.shape, generator=g).to(dtype)
+            out.backward(grad.to(device))
+            expected.backward(grad.double())
+            for a, b, name in zip(leaves, exact, "yvz"):
+                if b.grad is None:
+                    assert a.grad is None or not a.grad.any(), "v does not matter without XSA"
+                else:
+                    near(a.grad, b.grad, tolerance, f"d{name}")
+
+
+CHECKS = {"softcap_ce": check_softcap, "qkv_heads": check_heads, "gated_heads": check_gated}
+
+
+def test_every_kernel_has_a_check():
+    assert set(CHECKS) == set(tg.KERNELS)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_references_equal_float64(name):
+    # float32: 24 bits, sums of up to 8193 terms
+    CHECKS[name](tg.KERNELS[name].reference, torch.device("cpu"), torch.float32, 2e-5)
+
+
+def interpret():
+    """Body of the interpreter's process: fast kernels on CPU tensors."""
+    torch.set_num_threads(1)
+    for name, check in CHECKS.items():
+        check(tg.KERNELS[name].fast, torch.device("cpu"), torch.float32, 5e-5)
+        print(f"{name} ok")
+
+
+@pytest.mark.skipif(tg.triton is None, reason="Triton is not installed")
+def test_triton_kernels_equal_float64_under_the_interpreter():
+    """TRITON_INTERPRET must be set before triton is loaded, hence a process."""
+    code = "import sys; sys.path[:0] = [%r, %r]; import test_kernels; test_kernels.interpret()" % (
+        str(toy.SCRIPT.parent), str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == [word for name in CHECKS for word in (name, "ok")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CHECKS)
+# bfloat16 outputs are rounded to 8 bits (2^-9 relative), and gradients pass through one or two such roundings
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+def test_kernels_equal_float64_on_the_gpu(name, dtype, tolerance):
+    CHECKS[name](tg.KERNELS[name].fast, torch.device("cuda"), dtype, tolerance)
+
+
+@pytest.mark.gpu
+def test_softcap_at_the_real_size():
+    """65,536 rows of 8,192 logits: offsets beyond 2^31 bytes."""
+    logits, targets, _ = softcap_inputs(64, 8192, "cuda", torch.bfloat16)
+    big = logits.repeat(65536 // 64 * 5, 1)                     # 2.7e9 elements: past 2^31
+    losses = tg.KERNELS["softcap_ce"].fast(big, targets.repeat(65536 // 64 * 5), 30.0)
+    expected = tg.KERNELS["softcap_ce"].reference(logits, targets, 30.0)
+    assert (losses.view(-1, 64) - expected).abs().max() < 1e-3
+
+
+def test_cpu_and_disabled_kernels_use_the_reference():
+    called = []
+    pair = tg.Kernel(lambda x: called.append("reference"), lambda x: called.append("fast"))
+    pair(torch.zeros(1))
+    assert called == ["reference"]
+
+    class OnCuda:
+        is_cuda = True
+
+    pair(OnCuda())
+    pair.enabled = False
+    pair(OnCuda())
+    assert called == ["reference", "fast", "reference"]
+
+
+def test_kernels_are_switched_off_by_name():
+    states = lambda **settings: (tg.select_kernels(toy.config(**settings)), {n: p.enabled for n, p in tg.KERNELS.items()})[1]
+    have = tg.triton is not None
+    try:
+        assert states() == dict.fromkeys(tg.KERNELS, have)
+        assert not any(states(KERNELS_OFF="all").values())
+        assert states(KERNELS_OFF="qkv_heads")["qkv_heads"] is False and states(KERNELS_OFF=" qkv_heads , ")["gated_heads"] is have
+        assert states(FUSED_CE_ENABLED=0)["softcap_ce"] is False
+        with pytest.raises(tg.UserError, match="KERNELS_OFF='softcap'.*softcap_ce"):
+            tg.select_kernels(toy.config(KERNELS_OFF="softcap"))
+    finally:
+        tg.select_kernels(toy.config())

@@ -1,0 +1,294 @@
+"""RUNTIME: world, log, ledger, whole files or none, saved tensors, provenance."""
+
+import errno
+import json
+import os
+import re
+import resource
+import signal
+import time
+
+import pytest
+import toy
+import torch
+import train_gpt as tg
+from hypothesis import given
+from hypothesis import strategies as st
+
+# ----------------------------------------------------------------------------------------------------------------- files
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_file_is_written_whole_and_makes_its_folder(tmp_path):
+    path = tmp_path / "a" / "b"
+    tg.write_atomically(path, b"new")
+    tg.write_atomically(path, b"newer")
+    assert path.read_bytes() == b"newer" and names(tmp_path / "a") == ["b"]
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch, function):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tg.os, function, fail)
+    with pytest.raises(tg.UserError, match=r"cannot write .*file \(3 bytes\): No space left on device") as e:
+        tg.write_atomically(path, b"new")
+    assert e.value.code == 2 and "\n" not in str(e.value)
+    assert path.read_bytes() == b"old" and names(tmp_path) == ["file"]
+
+
+def test_a_file_limit_is_one_line(tmp_path):
+    """A real failing write: the kernel refuses bytes past the limit, as a full disk does."""
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(tg.UserError, match="File too large"):
+            tg.write_atomically(path, b"x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"old" and names(tmp_path) == ["file"]
+
+
+def test_a_folder_in_the_way_is_one_line(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(tg.UserError, match="cannot write"):
+        tg.write_atomically(tmp_path / "file" / "inner", b"x")
+
+
+# --------------------------------------------------------------------------------------------------------------- tensors
+
+TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor(3.5), "c": torch.arange(4, dtype=torch.int8), "h": torch.ones(2, 2).half(),
+           "t": torch.arange(12.0).view(3, 4).T}
+STATE = {"step": 7, "cursor": 123456789012, "elapsed": 0.1, "model": {}}
+
+
+def test_tensors_and_state_read_back(tmp_path):
+    tg.save_tensors(tmp_path / "x.safetensors", TENSORS, STATE)
+    tensors, state = tg.load_tensors(tmp_path / "x.safetensors", toy.config())
+    assert state == STATE
+    assert tensors.keys() == TENSORS.keys() and all(torch.equal(t, TENSORS[n]) and t.dtype == TENSORS[n].dtype for n, t in tensors.items())
+
+
+def test_files_are_safetensors_with_json(tmp_path):
+    """Other programs can read them: no pickle anywhere."""
+    from safetensors import safe_open
+    tg.save_tensors(tmp_path / "x", TENSORS, STATE)
+    with safe_open(tmp_path / "x", "pt") as f:
+        assert json.loads(f.metadata()["state"])["step"] == 7
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "x.safetensors"
+    tg.save_tensors(path, TENSORS, {**STATE, "model": tg.model_knobs(toy.config())})
+    return path.read_bytes()
+
+
+@toy.hypothesis_settings(max_examples=300)
+@given(st.data())
+def test_every_changed_byte_is_found(saved, tmp_path_factory, data):
+    """Flip a byte anywhere, or cut the file anywhere: one line, or the very same content."""
+    path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+    if data.draw(st.booleans()):
+        at = data.draw(st.integers(0, len(saved) - 1))
+        damaged = bytearray(saved)
+        damaged[at] ^= data.draw(st.integers(1, 255))
+    else:
+        damaged = saved[: data.draw(st.integers(0, len(saved) - 1))]
+    path.write_bytes(bytes(damaged))
+    try:
+        tensors, state = tg.load_tensors(path, toy.config())
+    except tg.UserError as e:
+        assert "\n" not in str(e) and "damaged.safetensors" in str(e)
+        return
+    # a change that keeps everything is only white space or the order inside the header
+    assert state == {**STATE, "model": tg.model_knobs(toy.config())}
+    assert tensors.keys() == TENSORS.keys() and all(torch.equal(t, TENSORS[n]) for n, t in tensors.items())
+
+
+def test_missing_and_foreign_files(tmp_path):
+    with pytest.raises(tg.UserError, match="x is missing"):
+        tg.load_tensors(tmp_path / "x", toy.config())
+    for content in (b"", b"rubbish" * 100, b"\x08\0\0\0\0\0\0\0{}      "):
+        (tmp_path / "x").write_bytes(content)
+        try:
+            tensors, _ = tg.load_tensors(tmp_path / "x", toy.config())
+            assert not tensors
+        except tg.UserError as e:
+            assert "damaged" in str(e) and "\n" not in str(e)
+
+
+def test_another_configuration_is_named(tmp_path):
+    tg.save_tensors(tmp_path / "x", TENSORS, {"model": tg.model_knobs(toy.config())})
+    for settings in (dict(NUM_LOOPS=1), dict(LOGIT_SOFTCAP=20), dict(SPARSE_ATTN_GATE_SCALE=1), dict(LN_SCALE=0)):
+        name, value = next(iter(settings.items()))
+        with pytest.raises(tg.UserError, match=f"was made with {name}=.*this run has {bool(value) if name == 'LN_SCALE' else value}"):
+            tg.load_tensors(tmp_path / "x", toy.config(**settings))
+    # what does not change the network may differ
+    tg.load_tensors(tmp_path / "x", toy.config(MATRIX_LR=0.5, ITERATIONS=7, EVAL_SEQ_LEN=16))
+
+
+def test_every_knob_that_changes_the_network_is_a_model_knob():
+    """A changed knob with the same weights gives other losses if and only if files carry it (or it is a kernel's)."""
+    import test_model
+    batch = test_model.packed()
+    base = toy.model(toy.config())
+    weights = {n: p.detach() for n, p in tg.export_weights(dict(base.named_parameters()), 6).items()}
+
+    def losses(c):
+        model = tg.GPT(c, torch.device("cpu"))
+        tg.import_weights(model, weights)
+        with torch.no_grad():
+            return model.losses(batch.ids, batch.targets, batch.segments)
+
+    expected = losses(toy.config())
+    changes = dict(XSA_LAST_N=2, ROPE_BASE=99, ROPE_DIMS=6, LN_SCALE=0, LOGIT_SOFTCAP=3, PARALLEL_FINAL_LANE="attn",
+                   SPARSE_ATTN_GATE_SCALE=3, LOOP_END=1, PARALLEL_START_LAYER=5)
+    for name, value in changes.items():
+        assert name.lower() in tg.MODEL_KNOBS
+        try:
+            assert not torch.equal(losses(toy.config(**{name: value})), expected), name
+        except tg.UserError:
+            pass                # other shapes: refused anyway
+    rest = dict(QK_GAIN_INIT=2, SEED=5, TIED_EMBED_INIT_STD=1, ENABLE_LOOPING_AT=0.9, FUSED_CE_ENABLED=0, KERNELS_OFF="all")
+    for name, value in rest.items():
+        assert name.lower() not in tg.MODEL_KNOBS
+        assert torch.equal(losses(toy.config(**{name: value})), expected), name
+
+
+# ------------------------------------------------------------------------------------------------------------ log, ledger
+
+
+def test_log_appends_and_keeps_long_text_off_the_console(tmp_path, capsys):
+    for text in ("one", "two"):
+        log = tg.Log(tmp_path / "deep" / "run.txt", quiet=False)
+        log(text)
+        log("only in the file \u2581", console=False)
+    assert (tmp_path / "deep" / "run.txt").read_text().splitlines() == ["one", "only in the file \u2581", "two", "only in the file \u2581"]
+    assert capsys.readouterr().out == "one\ntwo\n"
+
+
+def test_quiet_logs_are_silent(tmp_path, capsys):
+    tg.Log(tmp_path / "run.txt", quiet=True)("x")
+    assert not names(tmp_path) and not capsys.readouterr().out
+
+
+def test_unwritable_log_is_one_line(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(tg.UserError, match="cannot write the log"):
+        tg.Log(tmp_path / "file" / "run.txt", quiet=False)
+
+
+def test_a_full_disk_does_not_end_the_log_with_a_traceback(tmp_path, capsys):
+    """/dev/full takes nothing: the console goes on, and says once that the file does not."""
+    log = tg.Log(tmp_path / "run.txt", quiet=False)
+    log.file = open("/dev/full", "w", buffering=1)
+    log("first")
+    log("second")
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "first" and out[-1] == "second" and sum("No space left" in line for line in out) == 1
+
+
+def test_ledger_counts_each_budget(monkeypatch, world):
+    now = [0.0]
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: now[0])
+    log = toy.ListLog()
+    ledger = tg.Ledger(log, world, 10.0)
+    for name, budget, seconds in (("warmup", "none", 100), ("train", "train", 4), ("gptq", "train", 5), ("eval", "eval", 3)):
+        with ledger.stage(name, budget):
+            now[0] += seconds
+    assert ledger.used == {"train": 9, "eval": 3, "none": 100}
+    ledger.close("train")
+    assert log.lines[-1] == "budget train 9.00/10" and "ledger stage:gptq seconds:5.000 budget:train" in log.lines
+    ledger.charge("late", 1.5, "train")
+    ledger.close("train")
+    assert log.lines[-2:] == ["budget train 10.50/10", "budget_violation: train used 10.50 s of 10 s"]
+    ledger.close("eval")
+    assert log.lines[-1] == "budget eval 3.00/600"
+
+
+def test_progress_is_rare_and_only_for_long_stages(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: now[0])
+    log = toy.ListLog()
+    progress = tg.Progress(log, "stage", 20)
+    for i in range(20):
+        now[0] += 1
+        progress(i + 1)
+    assert log.lines == ["progress stage 6/20 left: 14 s", "progress stage 12/20 left: 8 s", "progress stage 18/20 left: 2 s"]
+
+
+# ----------------------------------------------------------------------------------------------------------------- world
+
+
+def test_one_process_needs_nothing(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    w = tg.World()
+    t = torch.tensor([2.0])
+    assert (w.rank, w.size) == (0, 1)
+    assert w.sum(t) is t and w.mean(t) is t and w.broadcast(t) is t and t.item() == 2
+    assert w.together(lambda: 5) == 5
+    w.close()
+
+
+@pytest.mark.parametrize("environment", [dict(RANK="x"), dict(RANK="0", WORLD_SIZE="two"), dict(RANK=""), dict(WORLD_SIZE="2"),
+                                         dict(RANK="0", WORLD_SIZE="1"), dict(RANK="3", WORLD_SIZE="2"), dict(RANK="0", WORLD_SIZE="-1")])
+def test_a_half_set_rank_environment_is_one_line(monkeypatch, capsys, environment):
+    """What a user gets who copied part of a torchrun environment."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert tg.main() == 2
+    captured = capsys.readouterr()
+    lines = (captured.out + captured.err).splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "torchrun" in lines[0]
+
+
+def test_errors_pass_through_together(world):
+    def fail():
+        raise tg.UserError("x", code=3)
+    with pytest.raises(tg.UserError) as e:
+        world.together(fail)
+    assert (str(e.value), e.value.code) == ("x", 3)
+
+
+def test_signals_are_noted_once_then_default():
+    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        signals = tg.Signals()
+        assert not signals.received
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        assert signals.received == signal.SIGTERM and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        for n, handler in kept.items():
+            signal.signal(n, handler)
+
+
+# ------------------------------------------------------------------------------------------------------------ provenance
+
+
+def test_the_log_holds_what_a_repetition_needs(tmp_path):
+    run = toy.run(toy.config())
+    shard = toy.write_shard(tmp_path / "fineweb_train_000000.bin", toy.row(77))
+    tg.log_provenance(run, "sdpa", [shard])
+    text = "\n".join(run.log.lines)
+    source = toy.SCRIPT.read_text()
+    import hashlib
+    assert "Hyperparameters:\n  adam_eps: 1e-08" in text
+    assert f"torch:{torch.__version__}" in text and "attention:sdpa" in text and re.search(r"git revision:[0-9a-f]{40}", text)
+    assert f"script sha256:{hashlib.sha256(source.encode()).hexdigest()} bytes:{len(source.encode())}" in text
+    assert f"input file:{shard} sha256:{hashlib.sha256(shard.read_bytes()[:1024]).hexdigest()} tokens:77" in text
+    body = text.split("source_begin lines:", 1)[1].split("\n", 1)[1].rsplit("\nsource_end", 1)[0]
+    assert "\n".join(line[2:] for line in body.split("\n")) == source     # to the byte: the checksum above can be verified
