@@ -1583,9 +1583,9 @@ class GPT(nn.Module):
         SmearGate), which gives no output.
         """
         c, start = self.config, cache.position if cache else 0
-        compiled = self.compiled and not tap and not (cache and start == 0 or adapters and len(ids_BT) == 1)    # not for sizes 0, 1
+        compiled = self.runs_compiled(ids_BT, adapters, tap) and not (cache and start == 0)     # an empty past: its own graphs
         run = self.block if compiled else block
-        flexible = mark_flexible if compiled and adapters else lambda *tensors: None
+        flexible = mark_flexible if self.compiled and adapters else lambda *tensors: None
         flexible(ids_BT, *(t for lora in adapters_of(adapters) for t in lora[:2]))
         x = (self.embed if compiled else embed)(ids_BT, self.tok_emb, self.smear_gate, self.smear_lambda, self.dtype,
                                                 segments.fresh if segments else None)
@@ -1618,6 +1618,10 @@ class GPT(nn.Module):
             x = {"mean": (x + lane) / 2, "attn": x, "mlp": lane}[c.parallel_final_lane]
         return x
 
+    def runs_compiled(self, ids_BT: Tensor, adapters: Adapters | None, tap) -> bool:
+        """Taps never; a single row with adapters neither: to the compiler a size of one is another program."""
+        return self.compiled and not tap and not (adapters and len(ids_BT) == 1)
+
     def losses(self, ids_BT: Tensor, targets_BC: Tensor, segments=None, loops=None, adapters=None, tap=None, cache=None,
                at_BC: Tensor | None = None) -> Tensor:
         """Cross-entropy in nats of every target, float32 [B, C]: of all positions, or of those that at_BC names.
@@ -1628,7 +1632,7 @@ class GPT(nn.Module):
         if at_BC is not None:
             x = x.gather(1, at_BC[..., None].expand(-1, -1, x.shape[2]))
         weight = (self.tok_emb if self.lm_head is None else self.lm_head).to(self.dtype)
-        run = self.head_losses if self.compiled and not tap else head_losses
+        run = self.head_losses if self.runs_compiled(ids_BT, adapters, tap) else head_losses
         head, caps = (adapters.head, adapters.caps) if adapters else (None, None)
         if self.compiled and adapters:
             mark_flexible(x, targets_BC)
