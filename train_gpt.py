@@ -10,10 +10,11 @@ Everything is set by environment variables (CONFIG, below, is their only table; 
 Shapes are written as suffixes: B batch, T positions, D model width, H query heads, K key/value heads, V vocabulary.
 
 Sections, in the order in which a run uses them:
-CONFIG · RUNTIME · DATA · KERNELS · MODEL · OPTIMIZERS · TRAIN · CALIBRATE · QUANTIZE · CODER · ARTIFACT · EVALUATE · MAIN
+CONFIG · RUNTIME · DATA · KERNELS · MODEL · OPTIMIZERS · TRAIN · CALIBRATE · QUANTIZE · REPAIR · CODER · ARTIFACT · EVALUATE · ADAPT · MAIN
 """
 from __future__ import annotations
 
+import ast
 import contextlib
 import decimal
 import difflib
@@ -35,7 +36,6 @@ import threading
 import time
 import uuid
 import zlib
-from base64 import b85encode
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
@@ -67,13 +67,11 @@ class UserError(Exception):
         self.code = code
 
 
-def knob(default, meaning: str, **limits):
+def knob(default, meaning: str = "", **limits):
     """A row of the table. Limits: at_least, above, at_most (numbers), choices (a tuple), later (why it is refused)."""
     return field(default=default, metadata={"meaning": meaning, **limits})
 
 
-LATER_TTT = "test-time training is not in this version yet"
-LATER_QUANT = "this quantisation rule is not in this version yet"
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ class Config:
     loop_end: int = knob(5, "last looped layer", at_least=0)
     enable_looping_at: float = knob(0.35, "part of the budget after which layers loop", at_least=0, at_most=1)
     loop_phase2_at: float = knob(0.0, "progressive recurrence: one extra pass until this part of the budget; 0: off", at_least=0, at_most=1)
-    parallel_start_layer: int = knob(8, "two-lane decoder from this layer; 0 or negative: off")
+    parallel_start_layer: int = knob(7, "two-lane decoder from this layer; 0 or negative: off")
     parallel_final_lane: str = knob("mean", "what leaves the two lanes", choices=("mean", "attn", "mlp"))
     parallel_residual_start: int = knob(-1, "GPT-J parallel residual from this layer; negative: off")
     smear_gate_enabled: bool = knob(True, "mix the previous token's embedding in, never over BOS")
@@ -162,9 +160,18 @@ class Config:
     attn_clip_sigmas: float = knob(13.0, "clip of attention matrices", above=0)
     mlp_clip_sigmas: float = knob(11.5, "clip of MLP matrices", above=0)
     embed_clip_sigmas: float = knob(14.0, "clip of the embedding", above=0)
-    adaptive_hessian_clip: bool = knob(False, "clip per tensor from Hessian and variance (PR 1689)", later=LATER_QUANT)
-    hessian_clip_lambda: float = knob(0.0, "weight of row importance in the clip (PR 1412)", at_least=0, later=LATER_QUANT)
-    mixed_precision_hessian: bool = knob(False, "bits by Hessian sensitivity (PR 1962: a negative result)", later=LATER_QUANT)
+    clip_rule: str = knob("fisher", "how steps are shared out over rows and tensors (ADAPTIVE_HESSIAN_CLIP=1: adaptive)",
+                          choices=("hand", "adaptive", "fisher"))
+    adaptive_hessian_clip: bool = knob(False, "clip per tensor from Hessian and variance (PR 1689)")
+    hessian_clip_lambda: float = knob(0.0, "weight of row importance in the clip (PR 1412)", at_least=0)
+    fisher_batches: int = knob(128, "small training batches for the squared gradients", at_least=2)
+    fisher_row_power: float = knob(0.5, "step ~ sensitivity ^ -this between the rows of a tensor", at_least=0, at_most=1)
+    fisher_tensor_power: float = knob(0.5, "the same between tensors", at_least=0, at_most=1)
+    fisher_hessian: float = knob(0.0, "share of the squared gradients in the Hessians of GPTQ", at_least=0, at_most=1)
+    target_bytes: int = knob(CAP_BYTES, "code + model end just under this; 0: fixed clips", at_least=0, at_most=CAP_BYTES)
+    step_grid: int = knob(8, "steps on a grid of so many parts of an octave; 0: any float16", choices=(0, 1, 2, 4, 8, 16))
+    small_mantissa_bits: int = knob(7, "mantissa bits kept of the tensors stored as float16 (10: all)", at_least=2, at_most=10)
+    mixed_precision_hessian: bool = knob(False, "bits by Hessian sensitivity (PR 1962: a negative result)")
     mixed_precision_bits_low: int = knob(5, "bits of the least sensitive", at_least=2, at_most=8)
     mixed_precision_bits_high: int = knob(7, "bits of the most sensitive", at_least=2, at_most=8)
     mixed_precision_low_frac: float = knob(0.25, "share of the least sensitive", at_least=0, at_most=1)
@@ -174,7 +181,8 @@ class Config:
     clip_mult_mid: float = knob(1.0, "clip multiplier, the rest", above=0)
     clip_mult_late: float = knob(1.0, "clip multiplier, layers 8 and up", above=0)
     gptq_calibration_batches: int = knob(16, "training batches for the Hessians", at_least=1)
-    lqer_enabled: bool = knob(False, "low-rank repair of the worst tensors", later=LATER_QUANT)
+    lqer_enabled: bool = knob(False, "low-rank repair of the worst tensors")
+    lqer_pick: str = knob("norm", "the worst by the error's norm, or as seen through the Hessian", choices=("norm", "hessian"))
     lqer_asym_enabled: bool = knob(True, "its asymmetric int2/int4 coding")
     lqer_rank: int = knob(4, "its rank", at_least=1)
     lqer_top_k: int = knob(3, "tensors repaired", at_least=0)
@@ -187,25 +195,36 @@ class Config:
     eval_stride: int = knob(64, "tokens scored by each window", at_least=1)
     eval_seq_len: int = knob(2048, "longest context in evaluation", at_least=2, at_most=2 ** 31 - 1)
     val_batch_tokens: int = knob(524288, "validation tokens in flight over 8 micro-batches", at_least=8)
-    ttt_enabled: bool = knob(False, "test-time training", later=LATER_TTT)
-    phased_ttt_enabled: bool = knob(True, "its phased protocol")
+    windowed_eval_enabled: bool = knob(False, "also score in one pass with windowed attention")
+    eval_time_limit: float = knob(EVAL_BUDGET_SECONDS, "seconds from artifact to score: adapting stops in time for it; 0: none", at_least=0)
+    ttt_enabled: bool = knob(False, "test-time training")
+    ttt_protocol: str = knob("published", "read the whole window again for each chunk, or cache it", choices=("published", "cached"))
+    ttt_live_tokens: int = knob(48, "cached: tokens before the chunk that are read again with it", at_least=0)
+    phased_ttt_enabled: bool = knob(True, "global phases between batches of documents")
     phased_ttt_prefix_docs: int = knob(2500, "documents before the last global phase", at_least=0)
     phased_ttt_num_phases: int = knob(3, "global phases", at_least=0)
     ttt_lora_rank: int = knob(56, "adapter rank", at_least=1)
     ttt_lora_alpha: float = knob(144.0, "adapter output scale * rank", above=0)
     ttt_lora_lr: float = knob(1e-4, "adapter learning rate", at_least=0)
     ttt_chunk_size: int = knob(48, "tokens scored between updates", at_least=1)
+    ttt_chunk_by_length: str = knob("", "chunks of shorter documents, as longest:chunk,... (PR 2014: 256:8,2000:24)")
     ttt_eval_seq_len: int = knob(2048, "longest context", at_least=2)
     ttt_batch_size: int = knob(64, "documents in a batch", at_least=1)
+    ttt_micro_tokens: int = knob(32768, "published: most positions in one forward and backward", at_least=1)
     ttt_grad_steps: int = knob(1, "updates a chunk", at_least=1)
     ttt_weight_decay: float = knob(0.5, "adapter weight decay", at_least=0)
     ttt_beta1: float = knob(0.0, "adapter AdamW", at_least=0, at_most=1)
     ttt_beta2: float = knob(0.99, "adapter AdamW", at_least=0, at_most=1)
     ttt_optimizer: str = knob("adam", "adapter optimizer", choices=("adam", "sgd"))
     ttt_warm_start_a: bool = knob(True, "keep A from batch to batch")
+    ttt_q_lora: bool = knob(True, "adapter on queries")
     ttt_k_lora: bool = knob(True, "adapter on keys")
+    ttt_v_lora: bool = knob(True, "adapter on values")
     ttt_o_lora: bool = knob(True, "adapter on output projections")
     ttt_mlp_lora: bool = knob(True, "adapter on MLPs")
+    ttt_head_lora: bool = knob(True, "adapter on the head")
+    ttt_compile: bool = knob(False, "torch.compile while adapting (on CUDA)")
+    asym_logit_rescale: bool = knob(False, "softcaps of positive and negative logits, trained in the global phases (PR 1923)")
     global_ttt_lr: float = knob(0.001, "global SGD", at_least=0)
     global_ttt_momentum: float = knob(0.9, "global SGD", at_least=0, at_most=1)
     global_ttt_epochs: int = knob(1, "global SGD", at_least=1)
@@ -281,6 +300,12 @@ CONTRADICTIONS: list[tuple[Callable[[Config], bool], str]] = [
      "PARALLEL_START_LAYER={parallel_start_layer} must come after LOOP_END={loop_end}: lanes cannot loop"),
     (lambda c: c.mixed_precision_low_frac + c.mixed_precision_high_frac > 1,
      "MIXED_PRECISION_LOW_FRAC and MIXED_PRECISION_HIGH_FRAC add up to more than 1"),
+    (lambda c: c.mixed_precision_bits_low > c.mixed_precision_bits_high,
+     "MIXED_PRECISION_BITS_LOW={mixed_precision_bits_low} exceeds MIXED_PRECISION_BITS_HIGH={mixed_precision_bits_high}"),
+    (lambda c: c.adaptive_hessian_clip and c.clip_rule != "adaptive",
+     "ADAPTIVE_HESSIAN_CLIP=1 contradicts CLIP_RULE={clip_rule}: set one of them"),
+    (lambda c: c.mixed_precision_hessian and c.clip_rule == "fisher",
+     "MIXED_PRECISION_HESSIAN=1 needs CLIP_RULE=hand or adaptive: under fisher the steps alone set the bits"),
     (lambda c: c.prequant_only + c.quantize_only + c.ttt_eval_only > 1,
      "at most one of PREQUANT_ONLY, QUANTIZE_ONLY, TTT_EVAL_ONLY can be 1"),
     (lambda c: c.resume and (c.quantize_only or c.ttt_eval_only), "RESUME=1 needs training: not with QUANTIZE_ONLY or TTT_EVAL_ONLY"),
@@ -288,6 +313,10 @@ CONTRADICTIONS: list[tuple[Callable[[Config], bool], str]] = [
      "VAL_BATCH_TOKENS={val_batch_tokens} must be at least 8 x EVAL_SEQ_LEN={eval_seq_len}"),
     (lambda c: c.sliding_window_enabled and c.eval_stride > c.eval_seq_len,
      "EVAL_STRIDE={eval_stride} must be at most EVAL_SEQ_LEN={eval_seq_len}: windows would miss tokens"),
+    (lambda c: c.ttt_protocol == "cached" and c.ttt_chunk_size + c.ttt_live_tokens > c.ttt_eval_seq_len,
+     "TTT_CHUNK_SIZE={ttt_chunk_size} and TTT_LIVE_TOKENS={ttt_live_tokens} exceed TTT_EVAL_SEQ_LEN={ttt_eval_seq_len} together"),
+    (lambda c: c.ttt_chunk_size > c.ttt_eval_seq_len,
+     "TTT_CHUNK_SIZE={ttt_chunk_size} exceeds TTT_EVAL_SEQ_LEN={ttt_eval_seq_len}"),
     (lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
      "GPTQ_RESERVE_SECONDS={gptq_reserve_seconds} leaves no training in MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}"),
 ]
@@ -350,6 +379,8 @@ def load_config(env: dict[str, str]) -> tuple[Config, list[str]]:
     paths = {"data_path": config.data_path or f"{config.data_dir}/datasets/fineweb10B_sp{config.vocab_size}{suffix}",
              "tokenizer_path": config.tokenizer_path or f"{config.data_dir}/tokenizers/fineweb_{config.vocab_size}_bpe{suffix}.model",
              "run_id": config.run_id or str(uuid.uuid4())}
+    if config.adaptive_hessian_clip and "CLIP_RULE" not in given:
+        paths["clip_rule"] = "adaptive"
     config = Config(**{**asdict(config), **paths})
     for broken, message in CONTRADICTIONS:
         if broken(config):
@@ -589,10 +620,14 @@ class Signals:
         signal.signal(number, signal.SIG_DFL)
 
 
+def packed_source() -> str:
+    """The text that a packed script unpacked and runs, or "" (see ARTIFACT)."""
+    return getattr(sys.modules[__name__], "PACKED_SOURCE", "")
+
+
 def script_source() -> str:
     """This program's own text: of the file, or of what a packed script unpacked (see ARTIFACT)."""
-    packed = globals().get("PACKED_SOURCE")
-    return packed if packed else Path(__file__).read_text()
+    return packed_source() or Path(__file__).read_text()
 
 
 def log_provenance(run: Run, attention: str, shards: list[Path]):
@@ -682,6 +717,7 @@ class Segments(NamedTuple):
     cu_seqlens: Tensor
     longest: int
     fresh: Tensor | None = None     # bool [1, T]: the token before is no neighbour in the text, nothing is smeared in
+    window: int = 0         # positions that one position sees, itself included; 0: all before it
 
 
 class Batch(NamedTuple):
@@ -743,7 +779,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cuda":
         torch._dynamo.mark_dynamic(cu, 0)
     fresh = None if batch.segments.fresh is None else move(batch.segments.fresh)
-    return Batch(move(batch.ids), move(batch.targets), Segments(cu, batch.segments.longest, fresh), batch.cursor)
+    return Batch(move(batch.ids), move(batch.targets), batch.segments._replace(cu_seqlens=cu, fresh=fresh), batch.cursor)
 
 
 class Prefetcher:
@@ -1178,14 +1214,14 @@ BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 
 
 class LoRA(NamedTuple):
-    """Low-rank adapter per batch row: x [B, T, I] -> scale * x A^T B^T, with a [B, R, I], b [B, O, R]."""
+    """Low-rank adapter per batch row: x [B, T, I] -> y + scale * x A^T B^T, with a [B, R, I], b [B, O, R]."""
     a: Tensor
     b: Tensor
     scale: float
 
-    def __call__(self, x_BTI: Tensor) -> Tensor:
+    def __call__(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
         low = torch.bmm(x_BTI, self.a.to(x_BTI.dtype).transpose(1, 2))
-        return torch.bmm(low, self.b.to(x_BTI.dtype).transpose(1, 2)) * self.scale
+        return torch.baddbmm(y_BTO, low, self.b.to(x_BTI.dtype).transpose(1, 2), alpha=self.scale)
 
 
 class PassAdapters(NamedTuple):
@@ -1201,6 +1237,14 @@ class Adapters(NamedTuple):
     """Everything that test-time training adds to a forward: one PassAdapters per pass slot, one LoRA on the head."""
     passes: tuple[PassAdapters, ...]
     head: LoRA | None = None
+    caps: Tensor | None = None      # [2]: softcaps of positive and of negative logits, instead of LOGIT_SOFTCAP
+
+
+class Past(NamedTuple):
+    """Cached keys and values [B, P, K, d] of the P positions before the given ones, at one pass slot."""
+    k: Tensor
+    v: Tensor
+    window: int             # positions that one position sees, itself included
 
 
 class Layer(NamedTuple):
@@ -1232,7 +1276,7 @@ def norm(x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, adapter: LoRA | None = None) -> Tensor:
     """x W^T plus an adapter's part: the only place where an adapter meets a matrix."""
     y = F.linear(x, weight)
-    return y if adapter is None else y + adapter(x)
+    return y if adapter is None else adapter(x, y)
 
 
 def rotary_table(length: int, config: Config, context: int, device) -> tuple[Tensor, Tensor]:
@@ -1263,26 +1307,27 @@ def remove_own_value(y_BTHd: Tensor, v_BTKd: Tensor) -> Tensor:
     return (y - (y * v).sum(-1, keepdim=True) * v).view(B, T, H, d).to(y_BTHd.dtype)
 
 
-def attend_fa3(q, k, v, segments: Segments | None) -> Tensor:
-    """FlashAttention 3 (Hopper). q [B, T, H, d], k and v [B, T, K, d] -> [B, T, H, d]."""
+def attend_fa3(q, k, v, segments: Segments | None, window: int = 0) -> Tensor:
+    """FlashAttention 3 (Hopper). q [B, T, H, d], k and v [B, P + T, K, d] -> [B, T, H, d]; P > 0: q are the last T."""
     from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+    limits = {"causal": True, "window_size": (window - 1, 0) if window else (-1, -1)}
     if segments is None:
-        y = flash_attn_func(q, k, v, causal=True)
+        y = flash_attn_func(q, k, v, **limits)
     else:
         cu, longest = segments[:2]
         y = flash_attn_varlen_func(q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest,
-                                   max_seqlen_k=longest, causal=True)[None]
+                                   max_seqlen_k=longest, **limits)[None]
     return y
 
 
-def attend_varlen(q, k, v, segments: Segments | None) -> Tensor:
+def attend_varlen(q, k, v, segments: Segments | None, window: int = 0) -> Tensor:
     """PyTorch's own variable-length attention (2.10 and later, any CUDA GPU with FlashAttention 2)."""
-    if segments is None:
-        return attend_sdpa(q, k, v, None)
     from torch.nn.attention.varlen import varlen_attn
     known = inspect.signature(varlen_attn).parameters
+    if segments is None or window and "window_size" not in known:
+        return attend_sdpa(q, k, v, segments, window)
     groups = q.shape[2] // k.shape[2]
-    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    options = {"window_size": (window - 1, 0)} if "window_size" in known else {"is_causal": True}
     if "enable_gqa" in known:
         options["enable_gqa"] = groups > 1
     elif groups > 1:
@@ -1291,15 +1336,31 @@ def attend_varlen(q, k, v, segments: Segments | None) -> Tensor:
     return varlen_attn(q[0], k[0], v[0], cu, cu, longest, longest, **options)[None]
 
 
-def attend_sdpa(q, k, v, segments: Segments | None) -> Tensor:
+def attend_sdpa(q, k, v, segments: Segments | None, window: int = 0) -> Tensor:
     """scaled_dot_product_attention, document by document: the block-causal mask without ever storing it."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    call = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     if segments is None:
-        return call(q, k, v).transpose(1, 2)
+        return attend_rows(q, k, v, window).transpose(1, 2)
     cuts = torch.unique(segments.cu_seqlens).tolist()
-    parts = [call(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b]) for a, b in zip(cuts, cuts[1:])]
+    parts = [attend_rows(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], window) for a, b in zip(cuts, cuts[1:])]
     return torch.cat(parts, 2).transpose(1, 2)
+
+
+def attend_rows(q_BHTd: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Causal attention of the last T of the keys' positions; with a window, strip by strip of that many queries."""
+    call = functools.partial(F.scaled_dot_product_attention, enable_gqa=q_BHTd.shape[1] != k.shape[1])
+    T, total = q_BHTd.shape[2], k.shape[2]
+    if T == total and not 0 < window < total:
+        return call(q_BHTd, k, v, is_causal=True)
+    before, parts = total - T, []
+    for a in range(0, T, window or T):
+        b = min(a + (window or T), T)
+        first = max(before + a - window + 1, 0) if window else 0
+        i = torch.arange(before + a, before + b, device=k.device)[:, None]
+        j = torch.arange(first, before + b, device=k.device)
+        seen = (j <= i) & (j > i - window) if window else j <= i
+        parts.append(call(q_BHTd[:, :, a:b], k[:, :, first: before + b], v[:, :, first: before + b], attn_mask=seen))
+    return torch.cat(parts, 2)
 
 
 ATTENTION = {"fa3": attend_fa3, "varlen": attend_varlen, "sdpa": attend_sdpa}
@@ -1336,15 +1397,23 @@ class PassShape(NamedTuple):
     attention: str
 
 
-def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: PassAdapters, tap) -> Tensor:
-    """Gated, document-masked attention of the normed input n [B, T, D] -> [B, T, D], output projection included."""
+def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: PassAdapters, tap,
+              past: Past | None = None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Gated, document-masked attention of the normed input n [B, T, D] -> [B, T, D], output projection included.
+
+    With a past: the positions before these are read from it; also returns these positions' keys and values.
+    """
     B, T, D = n.shape
     qkv = linear(n, w.qkv)
     if adapter.q or adapter.k or adapter.v:
-        widths = (D, *[(qkv.shape[-1] - D) // 2] * 2)
-        qkv = qkv + torch.cat([a(n) if a else n.new_zeros(B, T, width) for a, width in zip(adapter[:3], widths)], -1)
+        parts = qkv.split((D, *[(qkv.shape[-1] - D) // 2] * 2), -1)
+        qkv = torch.cat([a(n, part) if a else part for a, part in zip(adapter[:3], parts)], -1)
     q, k, v = qkv_heads(qkv, w.q_gain, *rope, shape.kv_heads)
-    y = ATTENTION[shape.attention](q, k, v, segments)
+    if past is not None:
+        keys, values = torch.cat((past.k, k), 1), torch.cat((past.v, v), 1)
+        y = ATTENTION[shape.attention](q, keys, values, None, past.window)
+    else:
+        y = ATTENTION[shape.attention](q, k, v, segments, segments.window if segments else 0)
     if w.gate is not None:
         source = qkv if shape.gate_kind == "out_proj" else n
         z = F.linear(source[..., : w.gate.shape[1]], w.gate.to(n.dtype))
@@ -1356,7 +1425,7 @@ def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: Pa
         tap("attn", n)
         tap("attn.proj", y)
     out = linear(y, w.o)
-    return out if adapter.o is None else out + adapter.o(n)
+    return out if adapter.o is None else adapter.o(n, out), None if past is None else (k, v)
 
 
 def mlp(n: Tensor, w: Layer, adapter: PassAdapters, tap) -> Tensor:
@@ -1366,17 +1435,18 @@ def mlp(n: Tensor, w: Layer, adapter: PassAdapters, tap) -> Tensor:
         tap("mlp.fc", n)
         tap("mlp.proj", hidden)
     out = linear(hidden, w.down)
-    return out if adapter.mlp is None else out + adapter.mlp(n)
+    return out if adapter.mlp is None else adapter.mlp(n, out)
 
 
 NO_ADAPTERS = PassAdapters()
 
 
 def block(x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip | None, w: Layer, segments, rope, shape: PassShape,
-          adapter: PassAdapters = NO_ADAPTERS, tap=None) -> tuple[Tensor, Tensor | None]:
-    """One pass over a layer. x: the stream (with two lanes: the attention lane), lane: the MLP lane or None.
+          adapter: PassAdapters = NO_ADAPTERS, tap=None, past: Past | None = None):
+    """One pass over a layer -> (x, lane, keys and values). x: the stream (with two lanes: the attention lane).
 
-    A U-Net skip is merged into x first. tap(role, input) sees the input of every matrix (calibration).
+    lane: the MLP lane or None. A U-Net skip is merged into x first. tap(role, input) sees the input of every matrix
+    (calibration). Keys and values are returned where there is a past, else None.
     """
     dtype = x.dtype
     if skip is not None:
@@ -1384,16 +1454,17 @@ def block(x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip | None, w: Laye
         x = (merged + torch.sigmoid(skip.gate) * (x - merged) if skip.gate is not None else x + merged).to(dtype)
     u = (w.mix[0] * x + w.mix[1] * x0).to(dtype)
     n = norm(u) * w.depth_scale
-    att = w.attn_scale * attention(n, w, segments, rope, shape, adapter, tap)
+    att, fresh = attention(n, w, segments, rope, shape, adapter, tap, past)
+    att = w.attn_scale * att
     if shape.kind == "sequential":
         h = (u + att).to(dtype)
-        return (h + w.mlp_scale * mlp(norm(h) * w.depth_scale, w, adapter, tap)).to(dtype), None
+        return (h + w.mlp_scale * mlp(norm(h) * w.depth_scale, w, adapter, tap)).to(dtype), None, fresh
     out = w.mlp_scale * mlp(norm(u if shape.kind == "parallel" else lane) * w.depth_scale, w, adapter, tap)
     if shape.kind == "parallel":
-        return (u + att + out).to(dtype), None
+        return (u + att + out).to(dtype), None, fresh
     keep, add = w.lane_keep, w.lane_add
     return ((keep[0] * x + add[0, 0] * att + add[1, 0] * out).to(dtype),
-            (keep[1] * lane + add[0, 1] * att + add[1, 1] * out).to(dtype))
+            (keep[1] * lane + add[0, 1] * att + add[1, 1] * out).to(dtype), fresh)
 
 
 def embed(ids_BT: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, dtype: torch.dtype,
@@ -1408,13 +1479,32 @@ def embed(ids_BT: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor |
     return norm(x)
 
 
-def head_losses(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, cap: float, adapter: LoRA | None, tap=None) -> Tensor:
-    """Cross-entropy in nats of every position, float32 [B, T]."""
+def head_losses(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, cap: float, adapter: LoRA | None = None, tap=None,
+                caps: Tensor | None = None) -> Tensor:
+    """Cross-entropy in nats of every position, float32 [B, T]. caps: of positive and negative logits (PR 1923)."""
     n = norm(x_BTD)
     if tap:
         tap("head", n)
     logits = linear(n, weight_VD, adapter)
+    if caps is not None:
+        z = logits.float()
+        z = torch.where(z > 0, caps[0] * torch.tanh(z / caps[0]), caps[1] * torch.tanh(z / caps[1]))
+        return F.cross_entropy(z.flatten(0, 1), targets_BT.flatten(), reduction="none").view(targets_BT.shape)
     return softcap_ce(logits.flatten(0, 1), targets_BT.flatten(), cap).view(targets_BT.shape)
+
+
+def adapters_of(adapters: Adapters | None) -> list[LoRA]:
+    if adapters is None:
+        return []
+    return [lora for part in (*adapters.passes, (adapters.head,)) for lora in part if lora is not None]
+
+
+def mark_flexible(*tensors: Tensor | None):
+    """Tell the compiler that rows and positions (the first two dimensions) vary: one graph for all batches of adapters."""
+    for t in tensors:
+        if t is not None:
+            for i in range(min(t.ndim, 2)):
+                torch._dynamo.maybe_mark_dynamic(t, i)
 
 
 class GPT(nn.Module):
@@ -1485,41 +1575,103 @@ class GPT(nn.Module):
         return [Layer(*row) for row in rows]
 
     def forward(self, ids_BT: Tensor, segments: Segments | None = None, loops: int | None = None,
-                adapters: Adapters | None = None, tap: Callable | None = None) -> Tensor:
+                adapters: Adapters | None = None, tap: Callable | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Tokens -> final stream [B, T, D], before the last norm.
 
         segments: documents of one packed row (B = 1); None: every row is one causal document. loops: extra passes
         (None: NUM_LOOPS). tap(name, input): called with the input of every matrix, by its name in files.
+        cache: keys and values of earlier positions; where it holds any, ids begin with the token before (for the
+        SmearGate), which gives no output.
         """
-        c = self.config
-        run = block if tap else self.block
-        x0 = x = self.embed(ids_BT, self.tok_emb, self.smear_gate, self.smear_lambda, self.dtype,
-                                segments.fresh if segments else None)
+        c, start = self.config, cache.position if cache else 0
+        compiled = self.compiled and not tap and not (cache and start == 0 or adapters and len(ids_BT) == 1)    # not for sizes 0, 1
+        run = self.block if compiled else block
+        flexible = mark_flexible if compiled and adapters else lambda *tensors: None
+        flexible(ids_BT, *(t for lora in adapters_of(adapters) for t in lora[:2]))
+        x = (self.embed if compiled else embed)(ids_BT, self.tok_emb, self.smear_gate, self.smear_lambda, self.dtype,
+                                                segments.fresh if segments else None)
+        x0 = x = x[:, 1:] if start else x
         layers, lane, skips = self.layers(), None, []
-        rope = self.rope(ids_BT.shape[1], segments.longest if segments else ids_BT.shape[1])
+        length = x.shape[1]
+        if cache:
+            rope = tuple(t[start: start + length] for t in self.rope(-(-(start + length) // 4096) * 4096, cache.window))
+        else:
+            rope = self.rope(length, (segments.window or segments.longest) if segments else length)
         order, encoder = c.pass_order(c.num_loops if loops is None else loops)
         weights = self.skip_weights.unbind(0) if skips is not None and self.skip_weights is not None else ()
         gates = self.skip_gates.unbind(0) if self.skip_gates is not None else (None,) * len(weights)
         for slot, i in enumerate(order):
+            past = cache.read(slot) if cache else None
+            flexible(x, x0, lane, *rope, *(past[:2] if past else ()))
             k = slot - encoder
             skip = Skip(skips.pop(), weights[k], gates[k]) if k >= 0 and skips else None
             if lane is None and self.shapes[i].kind == "lanes":
                 lane = x
-            x, lane = run(x, lane, x0, skip, layers[i], segments, rope, self.shapes[i],
-                          adapters.passes[slot] if adapters else NO_ADAPTERS,
-                          (lambda role, value, i=i: tap(f"blocks.{i}.{role}", value)) if tap else None)
+            x, lane, fresh = run(x, lane, x0, skip, layers[i], segments, rope, self.shapes[i],
+                                 adapters.passes[slot] if adapters else NO_ADAPTERS,
+                                 (lambda role, value, i=i: tap(f"blocks.{i}.{role}", value)) if tap else None,
+                                 past)
+            if cache:
+                cache.keep(slot, *fresh)
             if k < 0:
                 skips.append(x)
         if lane is not None:
             x = {"mean": (x + lane) / 2, "attn": x, "mlp": lane}[c.parallel_final_lane]
         return x
 
-    def losses(self, ids_BT: Tensor, targets_BT: Tensor, segments=None, loops=None, adapters=None, tap=None) -> Tensor:
-        """Cross-entropy in nats of every target, float32 [B, T]. Arguments as forward's."""
-        x = self(ids_BT, segments, loops, adapters, tap)
+    def losses(self, ids_BT: Tensor, targets_BC: Tensor, segments=None, loops=None, adapters=None, tap=None, cache=None,
+               at_BC: Tensor | None = None) -> Tensor:
+        """Cross-entropy in nats of every target, float32 [B, C]: of all positions, or of those that at_BC names.
+
+        Other arguments as forward's.
+        """
+        x = self(ids_BT, segments, loops, adapters, tap, cache)
+        if at_BC is not None:
+            x = x.gather(1, at_BC[..., None].expand(-1, -1, x.shape[2]))
         weight = (self.tok_emb if self.lm_head is None else self.lm_head).to(self.dtype)
-        run = head_losses if tap else self.head_losses
-        return run(x, weight, targets_BT, self.config.logit_softcap, adapters.head if adapters else None, tap)
+        run = self.head_losses if self.compiled and not tap else head_losses
+        head, caps = (adapters.head, adapters.caps) if adapters else (None, None)
+        if self.compiled and adapters:
+            mark_flexible(x, targets_BC)
+        return run(x, weight, targets_BC, self.config.logit_softcap, head, tap, caps)
+
+
+class KeyValueCache:
+    """Keys and values of the positions before the live ones, at every pass slot: the last window - 1 of them.
+
+    A forward reads the past and leaves the keys and values of its own positions in `fresh`; `advance` makes the first
+    of these part of the past.
+    """
+
+    def __init__(self, model: GPT, rows: int, window: int, spare: int = 1024):
+        c = model.config
+        slots = len(c.pass_order(c.num_loops)[0])
+        shape = (2, slots, rows, window - 1 + spare, c.num_kv_heads, c.head_dim)
+        self.buffer = torch.empty(shape, dtype=model.dtype, device=model.tok_emb.device)
+        self.window, self.fresh = window, [None] * slots
+        self.clear(rows)
+
+    def clear(self, rows: int):
+        self.rows, self.low, self.high, self.position = rows, 0, 0, 0
+
+    def read(self, slot: int) -> Past:
+        return Past(*self.buffer[:, slot, : self.rows, self.low: self.high].unbind(0), self.window)
+
+    def keep(self, slot: int, k: Tensor, v: Tensor):
+        self.fresh[slot] = (k.detach(), v.detach())
+
+    def advance(self, count: int):
+        """The first `count` live positions join the past."""
+        self.low = max(self.low, self.high + count - self.window + 1)
+        if self.high + count > self.buffer.shape[3]:        # move what is still seen to the front
+            kept = max(self.high - self.low, 0)
+            self.buffer[:, :, : self.rows, :kept] = self.buffer[:, :, : self.rows, self.high - kept: self.high].clone()
+            self.low, self.high = max(kept + count - self.window + 1, 0), kept
+        for slot, pair in enumerate(self.fresh):
+            for part, t in zip(self.buffer, pair):
+                part[slot, : self.rows, self.high: self.high + count] = t[: self.rows, :count]
+        self.high += count
+        self.position += count
 
 
 def export_weights(parameters: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
@@ -1995,6 +2147,11 @@ def hessian_key(name: str) -> str:
     return f"blocks.{i}.{HESSIAN_OF.get(part, part)}"
 
 
+def input_key(name: str, table: dict) -> str:
+    """Key of a matrix in a table of Hessians or factors: its own, or that of the input that it shares."""
+    return name if name in table else hessian_key(name)
+
+
 @torch.no_grad()
 def collect_hessians(run: Run, model: GPT, shards: list[np.ndarray], batches: int) -> dict[str, Tensor]:
     """H = sum x x^T / batches of every matrix's input over training batches, averaged over ranks. float32 [in, in].
@@ -2023,6 +2180,61 @@ def collect_hessians(run: Run, model: GPT, shards: list[np.ndarray], batches: in
     return {name: part.view_as(h) for (name, h), part in zip(hessians.items(), parts)}
 
 
+class Sensitivity(NamedTuple):
+    """What the loss feels of a matrix: its mean squared gradients, in the unit of the loss of one batch."""
+    rows: Tensor            # float64 [2, R]: of every row, from even and from odd batches (their agreement shows the noise)
+    columns: Tensor         # float32 [C, C]: gradient products G^T G, a Hessian that knows which inputs matter to the loss
+
+
+FISHER_TOKENS = 4096        # of a batch: small batches give many independent gradients
+NO_TAP = lambda name, value: None       # a forward with a tap is not compiled: no graph for one more length
+
+
+def collect_sensitivity(run: Run, model: GPT, shards: list[np.ndarray], names: list[str], factors: dict[str, Factor],
+                        batches: int) -> dict[str, Sensitivity]:
+    """Fisher sensitivity of each matrix (file names) over `batches` small training batches, averaged over ranks.
+
+    GPTQ makes errors of the shape step * noise * V, V = U / diag(U) (QUANTIZE), so the loss grows by
+    step^2 / 24 * E |g V^T|^2 for a row with gradient g. That is what is averaged, not |g|^2: the two differ where GPTQ
+    can hide an error in directions that the inputs do not use. Sums over a batch's tokens are squared, so what a layer
+    does in several passes and at several positions counts with its correlation.
+    """
+    c, world = run.config, run.world
+    tokens = min(FISHER_TOKENS, micro_batch(c, world.size)[1])
+    stream = TokenStream(shards, world.rank, world.size, tokens, c.train_seq_len)
+    parameters = dict(model.named_parameters())
+    rows: dict[str, Tensor] = {}
+    columns: dict[str, Tensor] = {}
+    mine = max(-(-batches // world.size), 2)
+    progress = Progress(run.log, "fisher", mine)
+    for i in range(mine):
+        batch = to_device(to_batch(stream.next()[0], c.train_seq_len), world.device)
+        loss = model.losses(batch.ids, batch.targets, batch.segments, tap=NO_TAP).sum()
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters.values(), gradients)]
+        gradients = export_weights(dict(zip(parameters, gradients)), c.num_layers)
+        with matmul_precision("high"), torch.no_grad():
+            for name in names:
+                g = gradients[name].float()
+                if name not in rows:
+                    rows[name] = torch.zeros(2, len(g), dtype=torch.float64, device=g.device)
+                    columns[name] = torch.zeros(g.shape[1], g.shape[1], device=g.device)
+                columns[name].addmm_(g.T, g)
+                if (key := input_key(name, factors)) in factors:
+                    factor = factors[key]
+                    g = (g * factor.live)[:, factor.order] @ (factor.u / factor.u.diagonal()[:, None]).T
+                rows[name][i % 2] += g.square().sum(1)
+        progress(i + 1)
+    flat = world.mean(torch.cat([t.flatten().double() for name in names for t in (rows[name], columns[name])])) / mine
+    parts = iter(flat.split([t.numel() for name in names for t in (rows[name], columns[name])]))
+    return {name: Sensitivity(next(parts).view_as(rows[name]), next(parts).view_as(columns[name]).float()) for name in names}
+
+
+def token_counts(shards: list[np.ndarray], vocab_size: int) -> Tensor:
+    """How often each token occurs at the start of the training data (float64)."""
+    return torch.from_numpy(np.bincount(shards[0][:4_000_000], minlength=vocab_size)).double()
+
+
 @contextlib.contextmanager
 def matmul_precision(name: str):
     """Float32 matmul precision inside a with-block: "high" allows TF32, "highest" does not."""
@@ -2040,6 +2252,7 @@ def matmul_precision(name: str):
 
 SMALLEST_QUANTISED = 65_536         # matrices of more elements go through GPTQ
 SMALLEST_STEP = 2.0 ** -14          # smallest normal float16
+LARGEST_STEP = 2.0 ** 15
 
 
 class IntTensor(NamedTuple):
@@ -2086,10 +2299,23 @@ def clip_sigma(name: str, config: Config) -> float:
     return getattr(config, role_of(name).clip) * (getattr(config, f"clip_mult_{group}") if group else 1.0)
 
 
+def raw_steps(w_NRC: Tensor, sigma_N: Tensor, bits: int) -> Tensor:
+    """SDClip (PR 1394): sigma * std(row) / q_max, float32 [N, R]."""
+    return sigma_N[:, None] * w_NRC.std(dim=2) / largest(bits)
+
+
+def snap_steps(steps: Tensor, w_NRC: Tensor, bits: int, grid: int = 0) -> Tensor:
+    """Steps as they are stored: float16, on a grid of `grid` parts of an octave. A row that hardly varies gets the step
+    that still reaches its mean."""
+    steps = torch.maximum(steps, w_NRC.mean(dim=2).abs() / largest(bits)).clamp(SMALLEST_STEP, LARGEST_STEP).half()
+    if grid:
+        steps = torch.from_numpy(on_grid(grid_index(steps.cpu().numpy(), grid), grid)).to(steps.device)
+    return steps
+
+
 def row_steps(w_NRC: Tensor, sigma_N: Tensor, bits: int) -> Tensor:
-    """Step of every row: sigma * std(row) / q_max, rounded to float16 [N, R]."""
-    steps = sigma_N[:, None] * w_NRC.std(dim=2) / largest(bits)
-    return steps.clamp_min(SMALLEST_STEP).half()
+    """Step of every row under hand-set sigmas, float16 [N, R]."""
+    return snap_steps(raw_steps(w_NRC, sigma_N, bits), w_NRC, bits)
 
 
 def grid_index(steps: np.ndarray, parts: int) -> np.ndarray:
@@ -2126,6 +2352,29 @@ def inverse_factor(h_NCC: Tensor, warn: Callable[[str], None]) -> Tensor:
     return out.float()
 
 
+class Factor(NamedTuple):
+    """What GPTQ needs of a Hessian, made once however often its matrices are quantised. Batched as [N, ...] or single."""
+    order: Tensor           # int64 [C]: columns by falling diag H
+    u: Tensor               # float32 [C, C]: inverse_factor of H in that order
+    live: Tensor            # bool [C]: inputs that are ever active, in the matrix's own order
+
+
+@torch.no_grad()
+def prepare(h_NCC: Tensor, warn: Callable[[str], None]) -> Factor:
+    """Hessians -> factors. A Hessian with NaN or infinity becomes the identity: its matrices are rounded to nearest."""
+    h = h_NCC.float().clone()
+    broken = ~h.isfinite().all(2).all(1)
+    if broken.any():
+        warn(f"warning: {int(broken.sum())} Hessians are not finite: their matrices are rounded to nearest")
+        h[broken] = torch.eye(h.shape[1], device=h.device)
+    dead = ~(h.diagonal(dim1=1, dim2=2) > 0)
+    h.masked_fill_(dead[:, None, :] | dead[:, :, None], 0.0)
+    h.diagonal(dim1=1, dim2=2).masked_fill_(dead, 1.0)
+    order = h.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    each = torch.arange(len(h), device=h.device)[:, None, None]
+    return Factor(order, inverse_factor(h[each, order[:, :, None], order[:, None, :]], warn), ~dead)
+
+
 @torch.no_grad()
 def gptq(w_NRC: Tensor, h_NCC: Tensor, step_NR: Tensor, bits: int, warn: Callable[[str], None] = print, block_size: int = 128) -> Tensor:
     """GPTQ (arXiv 2210.17323) of N matrices at once: integers int8 [N, R, C] that minimise the error seen through H.
@@ -2133,17 +2382,14 @@ def gptq(w_NRC: Tensor, h_NCC: Tensor, step_NR: Tensor, bits: int, warn: Callabl
     Columns in order of falling diag H; each column's rounding error is spread over those that follow. Inputs that are
     never active (H_jj = 0) get weight 0. step: float16 or float32 [N, R].
     """
-    w, h, q_max = w_NRC.float().clone(), h_NCC.float().clone(), largest(bits)
-    n, _, columns = w.shape
-    diagonal = h.diagonal(dim1=1, dim2=2)
-    dead = ~(diagonal > 0)
-    w.masked_fill_(dead[:, None, :], 0.0)
-    h.masked_fill_(dead[:, None, :] | dead[:, :, None], 0.0)
-    h.diagonal(dim1=1, dim2=2).masked_fill_(dead, 1.0)
-    order = h.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-    each = torch.arange(n, device=w.device)[:, None]
-    w = w.gather(2, order[:, None].expand_as(w)).contiguous()
-    u = inverse_factor(h[each[:, :, None], order[:, :, None], order[:, None, :]], warn)
+    return round_scalar(w_NRC, prepare(h_NCC, warn), step_NR, bits, block_size)
+
+
+@torch.no_grad()
+def round_scalar(w_NRC: Tensor, factor: Factor, step_NR: Tensor, bits: int, block_size: int = 128) -> Tensor:
+    """The loop of GPTQ over columns, in blocks, with plain rounding (a row of QUANTIZERS)."""
+    q_max, columns, u, order = largest(bits), w_NRC.shape[2], factor.u, factor.order
+    w = (w_NRC.float() * factor.live[:, None]).gather(2, order[:, None].expand_as(w_NRC)).contiguous()
     step = step_NR.float()
     q = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     with matmul_precision("highest"):
@@ -2160,48 +2406,329 @@ def gptq(w_NRC: Tensor, h_NCC: Tensor, step_NR: Tensor, bits: int, warn: Callabl
     return torch.empty_like(q).scatter_(2, order[:, None].expand_as(q), q)
 
 
+QUANTIZERS: dict[str, Callable[[Tensor, Factor, Tensor, int], Tensor]] = {"scalar": round_scalar}
+
+
 def weighted_square(e_RC: Tensor, h_CC: Tensor) -> float:
     """trace(E H E^T): the squared error of the layer's output over the calibration inputs."""
     return ((e_RC @ h_CC) * e_RC).sum(dtype=torch.float64).item()
 
 
+class Clip(NamedTuple):
+    """A rule's answer for one matrix: step = sigma * rows * std(row) / q_max(bits of its role)."""
+    sigma: float
+    rows: Tensor | None = None      # float32 [R], mean about 1
+
+
+class Calibration(NamedTuple):
+    """Everything that the rules know of a model, by file name (hessians: by hessian_key)."""
+    weights: dict[str, Tensor]
+    hessians: dict[str, Tensor]
+    sensitivity: dict[str, Sensitivity] = {}
+    counts: Tensor | None = None    # of the tokens
+
+
+def hand_rule(names: list[str], known: Calibration, c: Config) -> dict[str, Clip]:
+    return {name: Clip(clip_sigma(name, c)) for name in names}
+
+
+def input_sensitivity(name: str, known: Calibration) -> float:
+    """mean(diag H) * mean(var(row)): PR 1689's measure of a matrix."""
+    h = known.hessians[hessian_key(name)]
+    return max(h.diagonal().double().mean().item() * known.weights[name].double().var(dim=1).mean().item(), 1e-30)
+
+
+def adaptive_rule(names: list[str], known: Calibration, c: Config) -> dict[str, Clip]:
+    """PR 1689: sigma ~ sensitivity^-0.15 within 6 .. 24, the element-weighted mean of ln sigma as hand-set.
+
+    Embeddings keep the hand-set sigma.
+    """
+    clips = hand_rule(names, known, c)
+    matrices = [name for name in names if name.startswith("blocks.")]
+    if not matrices:
+        return clips
+    slope = torch.tensor([-0.15 * math.log(input_sensitivity(n, known)) for n in matrices], dtype=torch.float64)
+    size = torch.tensor([known.weights[n].numel() for n in matrices], dtype=torch.float64)
+    size /= size.sum()
+    aim = (size * torch.tensor([math.log(clips[n].sigma) for n in matrices], dtype=torch.float64)).sum()
+    low, high = -20.0, 20.0
+    sigmas = lambda offset: (slope + offset).exp().clamp(6, 24)
+    for _ in range(64):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (size * sigmas(middle).log()).sum() < aim else (low, middle)
+    return clips | {n: Clip(sigma) for n, sigma in zip(matrices, sigmas((low + high) / 2).tolist())}
+
+
+def steady(rows_2R: Tensor, prior_R: Tensor) -> Tensor:
+    """Mean of two noisy halves, drawn towards the prior as far as the halves disagree. float64 [R], positive."""
+    logs = rows_2R.log() - prior_R.log()
+    logs = logs - logs.mean(1, keepdim=True)
+    agreement = ((logs[0] * logs[1]).mean() / (logs[0].var() * logs[1].var()).sqrt().clamp_min(1e-12)).clamp(0, 1).item()
+    trust = 2 * agreement / (1 + agreement)             # Spearman-Brown: of the mean of both halves
+    own = rows_2R.mean(0)
+    out = prior_R * (trust * (own / prior_R).log()).exp()
+    return out * own.mean() / out.mean()
+
+
+def neighbours_mean(values: Tensor, rank_by: Tensor, width: int = 65) -> Tensor:
+    """Mean of each value with those that stand next to it when sorted by rank_by."""
+    order = rank_by.argsort(stable=True)
+    padded = F.pad(values[order][None, None], (width // 2, width // 2), mode="replicate")
+    return torch.empty_like(values).index_copy_(0, order, F.avg_pool1d(padded, width, 1)[0, 0])
+
+
+EXTREME = 1e5           # more than this far from the usual is a row or tensor that training has not reached
+
+
+def fisher_rule(names: list[str], known: Calibration, c: Config) -> dict[str, Clip]:
+    """Steps by theory: at high rate the least loss for given bytes has step ~ (loss per step^2 and weight)^-1/2.
+
+    Rows of the embedding are compared with tokens about as frequent, other rows with their matrix. The element-weighted
+    mean of ln step is that of the hand-set sigmas.
+    """
+    logs, excess, size = {}, 0.0, 0
+    usual = float(np.median([known.sensitivity[name].rows.mean().item() / known.weights[name].shape[1] for name in names] or [1.0]))
+    for name in names:
+        w = known.weights[name].double()
+        seen = known.sensitivity[name].rows.to(w.device)
+        mean = seen.mean().clamp(usual * w.shape[1] / EXTREME + 1e-30, usual * w.shape[1] * EXTREME + 1e-30)
+        seen = seen.clamp(mean / EXTREME, mean * EXTREME)
+        prior = mean.expand(len(w))
+        if known.counts is not None and len(known.counts) == len(w):
+            prior = neighbours_mean(seen.mean(0), known.counts.to(w.device))
+        rows = (steady(seen, prior) / mean).log()
+        spread = w.std(dim=1).clamp_min(1e-12)
+        logs[name] = -c.fisher_tensor_power * (mean / w.shape[1]).log() - c.fisher_row_power * rows - spread.log()
+        group = layer_group(name, c)
+        hand = math.log(getattr(c, role_of(name).clip) / largest(getattr(c, role_of(name).bits)))
+        excess += (logs[name].mean().item() - hand) * w.numel()
+        logs[name] += math.log(largest(getattr(c, role_of(name).bits)) * (getattr(c, f"clip_mult_{group}") if group else 1))
+        size += w.numel()
+    logs = {name: x - excess / size for name, x in logs.items()}
+    return {name: Clip(x.mean().exp().item(), (x - x.mean()).exp().float()) for name, x in logs.items()}
+
+
+CLIP_RULES: dict[str, Callable[[list[str], Calibration, Config], dict[str, Clip]]] = {
+    "hand": hand_rule, "adaptive": adaptive_rule, "fisher": fisher_rule}
+
+
+def row_importance(w_RC: Tensor, h_CC: Tensor) -> Tensor:
+    """PR 1412: r_r = mean_j |W_rj| h_j / its mean over rows, h_j = H_jj / mean(diag H). float32 [R]."""
+    h = h_CC.diagonal()
+    r = (w_RC.float().abs() * (h / h.mean().clamp_min(1e-30))).mean(1)
+    return r / r.mean().clamp_min(1e-30)
+
+
+def matrix_bits(names: list[str], known: Calibration, c: Config) -> dict[str, int]:
+    """Bits of each matrix: its role's, or with MIXED_PRECISION_HESSIAN by sensitivity (PR 1962)."""
+    bits = {name: getattr(c, role_of(name).bits) for name in names}
+    if c.mixed_precision_hessian:
+        ranked = sorted((n for n in names if n.startswith("blocks.")), key=lambda n: input_sensitivity(n, known))
+        low, high = (int(len(ranked) * f) for f in (c.mixed_precision_low_frac, c.mixed_precision_high_frac))
+        bits.update(dict.fromkeys(ranked[:low], c.mixed_precision_bits_low))
+        bits.update(dict.fromkeys(ranked[len(ranked) - high:], c.mixed_precision_bits_high))
+    return bits
+
+
+def shorten_mantissa(t: Tensor, bits: int) -> Tensor:
+    """float16 with only the first `bits` bits of its mantissa in use, to nearest."""
+    half, drop = t.half(), 10 - bits
+    if not drop:
+        return half
+    rounded = ((half.view(torch.int16).int() + (1 << drop >> 1)) >> drop << drop).to(torch.int16).view(torch.float16)
+    return torch.where(rounded.isfinite(), rounded, half)
+
+
+class Batched(NamedTuple):
+    """Matrices of one shape and bits, which go through the quantiser together."""
+    names: list[str]
+    w: Tensor               # float32 [N, R, C]
+    steps: Tensor           # float32 [N, R], as the rule wants them
+    finest: Tensor          # float32 [N, R], that cut no weight off
+    energy: Tensor          # float32 [N, R]: mean squares
+    bits: int               # of the integers
+    mine: list[int]         # those that this rank quantises
+    factor: Factor | None   # of those
+
+
+class Quantizer:
+    """Calibrated weights, ready to be quantised with any multiplier of all steps.
+
+    Matrices of one shape go through GPTQ in one batch, shared out over ranks; every rank returns everything.
+    """
+
+    def __init__(self, run: Run, known: Calibration, factors: dict[str, Factor] | None = None):
+        c, world = self.c, self.world = run.config, run.world
+        self.run, self.known = run, known
+        names = [name for name, t in known.weights.items() if is_quantised(name, t)]
+        if factors is None:
+            factors = prepare_all(run, known.hessians)
+        # an untied embedding is a table of rows, not a product: it has no Hessian and is rounded
+        self.hessian = {n: known.hessians.get(hessian_key(n)) for n in names}
+        if not c.tie_embeddings and "tok_emb.weight" in self.hessian:
+            self.hessian["tok_emb.weight"] = None
+        self.clips = CLIP_RULES[c.clip_rule](names, known, c)
+        if c.hessian_clip_lambda:
+            for name in names:
+                if self.hessian[name] is not None:
+                    rows = 1 + c.hessian_clip_lambda * (row_importance(known.weights[name], self.hessian[name]) - 1)
+                    clip = self.clips[name]
+                    self.clips[name] = clip._replace(rows=rows if clip.rows is None else rows * clip.rows)
+        self.bits = matrix_bits(names, known, c)
+        groups: dict[tuple, list[str]] = {}
+        for name in names:
+            groups.setdefault((known.weights[name].shape, self.bits[name]), []).append(name)
+        self.batches = []
+        for (shape, bits), group in groups.items():
+            mine = list(range(world.rank, len(group), world.size))
+            chosen = [factors[input_key(group[i], factors)] if self.hessian[group[i]] is not None
+                      else no_factor(shape[1], world.device) for i in mine]
+            w = torch.stack([known.weights[name].float() for name in group]).to(world.device)
+            steps = raw_steps(w, torch.tensor([self.clips[name].sigma for name in group], device=w.device), bits)
+            for i, name in enumerate(group):
+                if self.clips[name].rows is not None:
+                    steps[i] *= self.clips[name].rows.to(w.device)
+            bits = 8 if c.clip_rule == "fisher" else bits       # with an entropy coder behind, a longer reach costs nothing
+            self.batches.append(Batched(group, w, steps, w.abs().amax(2) / largest(bits), w.square().mean(2), bits, mine,
+                                        Factor(*map(torch.stack, zip(*chosen))) if mine else None))
+
+    def steps(self, batch: Batched, multiplier: float) -> Tensor:
+        """Steps of a multiplier: never finer than the rule's where that would cut weights off."""
+        steps = torch.maximum(batch.steps * multiplier, torch.minimum(batch.steps, batch.finest))
+        return snap_steps(steps, batch.w, batch.bits, self.c.step_grid)
+
+    def estimate(self, multiplier: float) -> float:
+        """Bytes of the integers before any are made: rows as Gaussians of their own deviation."""
+        bits = 0.0
+        for batch in self.batches:
+            squares = (batch.energy / self.steps(batch, multiplier).float().square()).double()
+            bits += (0.5 * (1 + 2 * math.pi * math.e * squares).log2()).sum().item() * batch.w.shape[2]
+        return bits / 8
+
+    @torch.no_grad()
+    def __call__(self, multiplier: float = 1.0) -> dict[str, IntTensor | HalfTensor]:
+        c, world, weights = self.c, self.world, self.known.weights
+        coded: dict[str, IntTensor | HalfTensor] = {}
+        for name, t in weights.items():
+            if name.endswith("attn_gate_w") and c.gated_attn_quant_gate:
+                step = (t.float().abs().amax(1) / 127).clamp_min(SMALLEST_STEP).half()
+                q = (t.float() / step.float()[:, None]).round().clamp(-127, 127)
+                coded[name] = IntTensor(q.to(torch.int8).cpu(), step.cpu(), 8)
+            elif name not in self.bits:
+                coded[name] = HalfTensor(shorten_mantissa(t, c.small_mantissa_bits).cpu())
+        errors = torch.zeros(len(self.bits), 2, dtype=torch.float64)
+        place = {name: i for i, name in enumerate(self.bits)}
+        for batch in self.batches:
+            steps = self.steps(batch, multiplier)
+            q = torch.zeros(batch.w.shape, dtype=torch.int8, device=world.device)
+            if batch.mine:
+                q[batch.mine] = QUANTIZERS["scalar"](batch.w[batch.mine], batch.factor, steps[batch.mine], batch.bits)
+            for i in batch.mine:
+                h = self.hessian[batch.names[i]]
+                error = batch.w[i] - q[i].float() * steps[i].float()[:, None]
+                for j, x in enumerate((error, batch.w[i])):
+                    errors[place[batch.names[i]], j] = x.double().square().sum().item() if h is None else weighted_square(x, h)
+            world.sum(q)
+            coded.update({name: IntTensor(q[i].cpu(), steps[i].cpu(), batch.bits) for i, name in enumerate(batch.names)})
+        self.errors = dict(zip(self.bits, world.sum(errors).tolist()))
+        coded = {name: coded[name] for name in weights}
+        return repair(self, coded) if c.lqer_enabled else coded
+
+    def log_table(self, coded: dict[str, IntTensor | HalfTensor]):
+        """The sigma of every matrix as it came out, and one line on the whole."""
+        c, sigmas = self.c, {}
+        for name, bits in self.bits.items():
+            if c.clip_rule != "adaptive" or name.startswith("blocks."):
+                spread = self.known.weights[name].double().std(dim=1).clamp_min(1e-12).cpu()
+                sigmas[name] = (coded[name].step.double() * largest(bits) / spread).log().mean().exp().item()
+        table = "\n".join(f"    {name}: {sigma:.2f}" for name, sigma in sigmas.items())
+        self.run.log(f"GPTQ clip_sigmas (rule:{c.clip_rule}, {len(sigmas)} tensors):\n{table}", console=False)
+        error, energy = (sum(e[i] for e in self.errors.values() if math.isfinite(e[0] + e[1])) for i in range(2))
+        self.run.log(f"gptq_summary quantizer:scalar entropy_bytes:{entropy_bytes(coded):.0f} "
+                     f"weighted_error:{error / max(energy, 1e-30):.6g}")
+
+
+def no_factor(columns: int, device) -> Factor:
+    """Rounding to nearest."""
+    live = torch.ones(columns, dtype=torch.bool, device=device)
+    return Factor(torch.arange(columns, device=device), torch.eye(columns, device=device), live)
+
+
+def prepare_all(run: Run, hessians: dict[str, Tensor]) -> dict[str, Factor]:
+    """Factors of all Hessians, those of one size together."""
+    sizes: dict[int, list[str]] = {}
+    for name, h in hessians.items():
+        sizes.setdefault(len(h), []).append(name)
+    out = {}
+    for names in sizes.values():
+        out.update(zip(names, map(Factor._make, zip(*prepare(torch.stack([hessians[n] for n in names]), run.log)))))
+    return out
+
+
+def quantize(run: Run, weights: dict[str, Tensor], hessians: dict[str, Tensor], sensitivity: dict[str, Sensitivity] | None = None,
+             counts: Tensor | None = None) -> dict[str, IntTensor | HalfTensor]:
+    """Weights under their file names -> their codes, with the clips of the rule; every rank returns everything."""
+    quantizer = Quantizer(run, Calibration(weights, hessians, sensitivity or {}, counts))
+    coded = quantizer()
+    quantizer.log_table(coded)
+    return coded
+
+
+# ======================================================================================================================
+# REPAIR: low-rank correction of the worst matrices (LQER: arXiv 2402.02446)
+# ======================================================================================================================
+
+LQER_SUFFIXES = (".lqer_a", ".lqer_b")
+
+
+def code_factor(x: Tensor, bits: int, group: int = 0) -> IntTensor:
+    """A factor as integers. group > 0: asymmetric, `group` values in reading order share a scale of max / (2^(bits-1) - 0.5),
+    values -2^(bits-1) .. 2^(bits-1) - 1. group = 0: symmetric, a scale for each row."""
+    parts = x.float().reshape(-1, group or x.shape[1])
+    top = 2 ** (bits - 1)
+    step = (parts.abs().amax(1) / (top - (0.5 if group else 1))).clamp(SMALLEST_STEP, LARGEST_STEP).half()
+    q = (parts / step.float()[:, None]).round().clamp(-top if group else 1 - top, top - 1)
+    return IntTensor(q.to(torch.int8).view(x.shape).cpu(), step.cpu(), bits)
+
+
+def low_rank(error_RC: Tensor, rank: int, h_CC: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A [R, rank] and B [rank, C] with the least |(E - A B) H^1/2|, or |E - A B| without H: truncated SVD."""
+    e = error_RC.double()
+    if h_CC is not None:
+        h = h_CC.double()
+        lower, info = torch.linalg.cholesky_ex(h + 0.01 * h.diagonal().mean() * torch.eye(len(h), device=h.device, dtype=h.dtype))
+        if int(info) == 0 and lower.isfinite().all():
+            a, b = low_rank(e @ lower, rank, None)
+            return a, torch.linalg.solve_triangular(lower.float(), b, upper=False, left=False)
+    vectors = torch.linalg.eigh(e.T @ e)[1][:, -rank:].flip(1)
+    return (e @ vectors).float(), vectors.T.float()
+
+
 @torch.no_grad()
-def quantize(run: Run, weights: dict[str, Tensor], hessians: dict[str, Tensor]) -> dict[str, IntTensor | HalfTensor]:
-    """Weights under their file names -> their codes. Matrices of one shape go through GPTQ in one batch, shared out
-    over ranks; every rank returns everything."""
-    c, world = run.config, run.world
-    coded: dict[str, IntTensor | HalfTensor] = {}
-    batches: dict[tuple, list[str]] = {}
-    for name, t in weights.items():
-        if is_quantised(name, t):
-            batches.setdefault((t.shape, getattr(c, role_of(name).bits)), []).append(name)
-        elif name.endswith("attn_gate_w") and c.gated_attn_quant_gate:
-            step = (t.float().abs().amax(1) / 127).clamp_min(SMALLEST_STEP).half()
-            coded[name] = IntTensor((t.float() / step.float()[:, None]).round().clamp(-127, 127).to(torch.int8).cpu(), step.cpu(), 8)
+def repair(quantizer: Quantizer, coded: dict[str, IntTensor | HalfTensor]) -> dict[str, IntTensor | HalfTensor]:
+    """Add the two factors of the LQER_TOP_K worst matrices, under their names and LQER_SUFFIXES."""
+    c, device = quantizer.c, quantizer.world.device
+    error = {n: quantizer.known.weights[n].float().to(device) - coded[n].decode().to(device) for n in quantizer.bits}
+    size = {n: quantizer.errors[n][0] if c.lqer_pick == "hessian" else e.square().sum().item() for n, e in error.items()}
+    out = dict(coded)
+    for name in sorted(size, key=size.get, reverse=True)[: c.lqer_top_k]:
+        rank = min(c.lqer_rank, *error[name].shape)
+        a, b = low_rank(error[name], rank, quantizer.hessian[name] if c.lqer_pick == "hessian" else None)
+        if c.lqer_asym_enabled and b.numel() % c.lqer_asym_group == 0:
+            factors = code_factor(a, 2, a.numel()), code_factor(b, 4, c.lqer_asym_group)
         else:
-            coded[name] = HalfTensor(t.half().cpu())
-    eye = lambda n: torch.eye(n, device=world.device)
-    sums = torch.zeros(2, dtype=torch.float64)
-    for (shape, bits), names in batches.items():
-        w = torch.stack([weights[name].float() for name in names]).to(world.device)
-        steps = row_steps(w, torch.tensor([clip_sigma(name, c) for name in names], device=w.device), bits)
-        q = torch.zeros(w.shape, dtype=torch.int8, device=w.device)
-        mine = list(range(world.rank, len(names), world.size))
-        if mine:
-            # an untied embedding is a table of rows, not a product: it has no Hessian and is rounded
-            h = [hessians[hessian_key(name)] if name != "tok_emb.weight" or c.tie_embeddings else eye(shape[1]) for name in names]
-            h = torch.stack([h[i] for i in mine])
-            q[mine] = gptq(w[mine], h, steps[mine], bits, run.log)
-            for i, hi in zip(mine, h):
-                error = w[i] - q[i].float() * steps[i].float()[:, None]
-                sums += torch.tensor([weighted_square(error, hi), weighted_square(w[i], hi)], dtype=torch.float64)
-        world.sum(q)
-        coded.update({name: IntTensor(q[i].cpu(), steps[i].cpu(), bits) for i, name in enumerate(names)})
-    world.sum(sums)
-    run.log(f"GPTQ clip_sigmas (rule:hand, {sum(map(len, batches.values()))} tensors):\n" + "\n".join(
-        f"    {name}: {clip_sigma(name, c):.2f}" for names in batches.values() for name in names), console=False)
-    run.log(f"gptq_summary quantizer:scalar entropy_bytes:{entropy_bytes(coded):.0f} weighted_error:{sums[0] / max(sums[1], 1e-30):.6g}")
-    return {name: coded[name] for name in weights}
+            factors = code_factor(a, c.lqer_factor_bits), code_factor(b, c.lqer_factor_bits)
+        out.update({name + suffix: factor for suffix, factor in zip(LQER_SUFFIXES, factors)})
+    return out
+
+
+def restore(coded: dict[str, IntTensor | HalfTensor]) -> dict[str, Tensor]:
+    """Codes -> float32 weights under their file names, repairs added."""
+    out = {name: t.decode() for name, t in coded.items()}
+    for name in [n for n in out if n + LQER_SUFFIXES[0] in out]:
+        a, b = (out.pop(name + suffix) for suffix in LQER_SUFFIXES)
+        out[name] = out[name] + a @ b
+    return out
 
 
 # ======================================================================================================================
@@ -2692,27 +3219,55 @@ def read_artifact(path: Path, config: Config) -> dict[str, IntTensor | HalfTenso
         raise UserError(f"artifact {path} is damaged: {e}") from None
 
 
-WRAPPER = """import lzma as z,base64 as b,linecache as l
-s=z.decompress(b.b85decode({blob!r}),z.FORMAT_RAW,None,[{{'id':z.FILTER_LZMA2,'preset':9}}]).decode()
-n=__file__+':unpacked'
-l.cache[n]=(len(s),None,s.splitlines(True),n)
-globals()['PACKED_SOURCE']=s
-exec(compile(s,n,'exec'))
-"""
+WRAPPER = '''#coding:latin1
+import brotli,linecache as l,sys
+s=brotli.decompress("""BLOB""".encode("latin1")).decode()
+n=__file__+":unpacked"
+l.cache[n]=len(s),None,s.splitlines(True),n
+sys.modules[__name__].PACKED_SOURCE=s
+exec(compile(s,n,"exec"))
+'''
+KEPT_NAMES = "bool int float str range min max abs len".split()     # annotations are read as text; kernels need the real ones
+
+
+def slim_source(source: str) -> str:
+    """The same program without comments, docstrings, what knobs mean and annotations, under short names.
+
+    What something looks at stays: annotations of classes and of Triton kernels, arguments of kernels, names of
+    references (they name the kernel pairs).
+    """
+    import python_minifier
+    tree = ast.parse(source)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    kernels = [f for f in functions if any(ast.unparse(d).endswith("jit") for d in f.decorator_list)]
+    arguments = lambda f: [node for node in ast.walk(f.args) if isinstance(node, ast.arg)]
+    for f in functions:
+        if f not in kernels:
+            f.returns = None
+            for argument in arguments(f):
+                argument.annotation = None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "knob":
+            del node.args[1:]
+    return python_minifier.minify(
+        ast.unparse(tree), remove_literal_statements=True, hoist_literals=False, remove_annotations=False, combine_imports=True,
+        rename_globals=True, preserve_globals=KEPT_NAMES + [f.name for f in functions if f.name.endswith("_reference")],
+        preserve_locals=[a.arg for f in kernels for a in arguments(f)])
 
 
 def pack_script(source: str) -> bytes:
-    """The script that ships: comments, docstrings and long local names dropped, compressed, self-extracting."""
-    import python_minifier
-    small = python_minifier.minify(source, remove_literal_statements=True, hoist_literals=False, rename_globals=False,
-                                   remove_annotations=False, combine_imports=True)
-    blob = lzma.compress(small.encode(), lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}])
-    return WRAPPER.format(blob=b85encode(blob).decode()).encode()
+    """The script that ships: slim_source, compressed, self-extracting. The compressed bytes stand in a latin-1 text as
+    they are (1% of them escaped): a fifth shorter than base85."""
+    import brotli
+    text = brotli.compress(slim_source(source).encode(), quality=11, lgwin=24).decode("latin1")
+    for raw, escaped in (("\\", "\\\\"), ("\r", "\\r"), ("\0", "\\x00"), ('"', '\\"')):
+        text = text.replace(raw, escaped)
+    return WRAPPER.replace("BLOB", text).encode("latin1")
 
 
 def shipped_script() -> bytes:
     """Bytes of the script that the record folder ships: packed, or this very file when it is already packed."""
-    return Path(__file__).read_bytes() if "PACKED_SOURCE" in globals() else pack_script(script_source())
+    return Path(__file__).read_bytes() if packed_source() else pack_script(script_source())
 
 
 # ======================================================================================================================
@@ -2762,17 +3317,31 @@ def pack_windows(windows: np.ndarray, row: int) -> list[np.ndarray]:
     return [*rows, windows[first:]]
 
 
+class Sums(NamedTuple):
+    """Nats, tokens and bytes of what has been scored."""
+    nats: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(a + b for a, b in zip(self, other)))
+
+    @property
+    def loss(self) -> float:
+        return self.nats / max(self.tokens, 1)
+
+    @property
+    def bpb(self) -> float:
+        return self.nats / math.log(2) / max(self.bytes, 1)
+
+
 @torch.no_grad()
-def score_windows(run: Run, model: GPT, data: Validation, windows: np.ndarray, row: int, longest: int, name: str) -> Score:
-    """Loss and bits per byte over the scored part of all windows; rows of windows are shared out over the ranks."""
-    world, start = run.world, time.perf_counter()
-    tokens, n = data.tokens, len(data.tokens) - 1
-    rows = pack_windows(windows, row)
-    mine = rows[world.rank:: world.size]
-    progress = Progress(run.log, name, len(mine))
-    nats = torch.zeros((), dtype=torch.float64, device=world.device)
-    counts = torch.zeros(2, dtype=torch.float64)                    # tokens, bytes
-    for done, part in enumerate(mine):
+def sum_windows(run: Run, model: GPT, data: Validation, rows: list[np.ndarray], row: int, segments: Segments, name: str) -> Sums:
+    """Sums over the scored part of all windows in packed rows of `row` positions; segments: its longest and window."""
+    device, tokens = run.world.device, data.tokens
+    progress = Progress(run.log, name, len(rows))
+    nats, counts = torch.zeros((), dtype=torch.float64, device=device), np.zeros(2, np.int64)
+    for done, part in enumerate(rows):
         at = np.concatenate([np.arange(a, b) for a, b, _ in part])
         scored = np.concatenate([np.arange(a, b) >= first for a, b, first in part])
         padded = np.pad(at, (0, row - len(at)))
@@ -2781,30 +3350,631 @@ def score_windows(run: Run, model: GPT, data: Validation, windows: np.ndarray, r
         as_row = lambda values: torch.from_numpy(values.astype(np.int64))[None]
         fresh = np.zeros(row, bool)                                 # windows that do not go on where the last one ended
         fresh[starts[1:-1][part[1:, 0] != part[:-1, 1]]] = True
-        segments = Segments(cu, longest, torch.from_numpy(fresh)[None] if fresh.any() else None)
-        batch = to_device(Batch(as_row(tokens[padded]), as_row(tokens[padded + 1]), segments), world.device)
+        here = segments._replace(cu_seqlens=cu, fresh=torch.from_numpy(fresh)[None] if fresh.any() else None)
+        batch = to_device(Batch(as_row(tokens[padded]), as_row(tokens[padded + 1]), here), device)
         losses = model.losses(batch.ids, batch.targets, batch.segments)[0, : len(at)]
-        nats += losses.double()[torch.from_numpy(scored).to(world.device)].sum()
-        counts += torch.tensor([scored.sum(), data.byte_counts[at[scored] + 1].sum()], dtype=torch.float64)
+        nats += losses.double()[torch.from_numpy(scored).to(device)].sum()
+        counts += scored.sum(), data.byte_counts[at[scored] + 1].sum()
         progress(done + 1)
-    total = world.sum(torch.cat((nats[None].cpu(), counts)))
-    nats, scored, size = total.tolist()
-    run.log(f"val_tokens scored:{scored:.0f} total:{n} stage:{name}")
-    if scored != n:
-        raise RuntimeError(f"{name}: {scored:.0f} of {n} validation tokens scored")
-    return Score(nats / scored, nats / math.log(2) / max(size, 1), int(scored), time.perf_counter() - start)
+    return Sums(nats.item(), *counts.tolist())
 
 
-def evaluate(run: Run, model: GPT, data: Validation, name: str, sliding: bool = False) -> Score:
-    """Plain evaluation in rows of VAL_BATCH_TOKENS / 8, or with a sliding window of EVAL_SEQ_LEN and EVAL_STRIDE."""
+def sum_over_ranks(run: Run, data: Validation, mine: Sums, name: str) -> Sums:
+    """The sums of all ranks; a token scored twice or not at all is an error."""
+    total = run.world.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+    n = len(data.tokens) - 1
+    run.log(f"val_tokens scored:{total[1]:.0f} total:{n} stage:{name}")
+    if total[1] != n:
+        raise RuntimeError(f"{name}: {total[1]:.0f} of {n} validation tokens scored")
+    return Sums(total[0], int(total[1]), int(total[2]))
+
+
+def score_windows(run: Run, model: GPT, data: Validation, windows: np.ndarray, row: int, longest: int, name: str,
+                  window: int = 0) -> Score:
+    """Loss and bits per byte over the scored part of all windows; rows of windows are shared out over the ranks."""
+    world, start = run.world, time.perf_counter()
+    mine = pack_windows(windows, row)[world.rank:: world.size]
+    total = sum_over_ranks(run, data, sum_windows(run, model, data, mine, row, Segments(None, longest, window=window), name), name)
+    return Score(total.loss, total.bpb, total.tokens, time.perf_counter() - start)
+
+
+def evaluate(run: Run, model: GPT, data: Validation, name: str, sliding: bool = False, windowed: bool = False) -> Score:
+    """Plain evaluation in rows of VAL_BATCH_TOKENS / 8, or a sliding window of EVAL_SEQ_LEN and EVAL_STRIDE.
+
+    windowed: whole documents in one pass, every position attending to the EVAL_SEQ_LEN positions that end with it
+    (deeper layers reach further back, through the keys and values of what they see).
+    """
     c, longest = run.config, run.config.eval_seq_len
     row = min(c.val_batch_tokens // 8 // longest, -(-len(data.tokens) // longest)) * longest
+    if windowed:
+        windows = sliding_windows(data.tokens, len(data.tokens), 1)
+        size = int((windows[:, 1] - windows[:, 0]).max())
+        return score_windows(run, model, data, windows, max(row, -(-size // longest) * longest), size, name, longest)
     windows = sliding_windows(data.tokens, longest, c.eval_stride) if sliding else plain_windows(data.tokens, row, longest)
     return score_windows(run, model, data, windows, row, longest, name)
 
 
 def log_score(run: Run, label: str, score: Score):
     run.log(f"{label} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * score.seconds:.0f}ms")
+
+
+# ======================================================================================================================
+# ADAPT: phased test-time training; every token is scored before anything has learnt from it
+# ======================================================================================================================
+
+
+def score_first(chunks, score: Callable, adapt: Callable):
+    """The rule of test-time training: a chunk's losses are banked before the chunk can teach."""
+    for chunk in chunks:
+        yield score(chunk)
+        adapt(chunk)
+
+
+def find_documents(tokens: np.ndarray) -> np.ndarray:
+    """[documents, 2]: first position and number of targets of every document that has one.
+
+    The target of a document's last token is the next BOS; the last document has none for its last token.
+    """
+    n = len(tokens) - 1
+    starts = segment_bounds(tokens[:n], n)
+    return np.stack((starts, np.diff(starts, append=n)), 1)
+
+
+class DocumentBatch(NamedTuple):
+    """Documents [rows, 2] (see find_documents) that are read in step, longest first, and the length of their chunks."""
+    documents: np.ndarray
+    chunk: int
+
+    @property
+    def tokens(self) -> int:
+        return int(self.documents[:, 1].sum())
+
+
+def chunk_rules(config: Config) -> list[tuple[int, int]]:
+    """TTT_CHUNK_BY_LENGTH -> (longest document, chunk) pairs in order; raises UserError."""
+    try:
+        rules = sorted(tuple(int(x) for x in part.split(":")) for part in config.ttt_chunk_by_length.split(",") if part.strip())
+        if any(len(rule) != 2 or not 0 < rule[1] <= config.ttt_chunk_size for rule in rules):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"TTT_CHUNK_BY_LENGTH={config.ttt_chunk_by_length!r}: expected longest:chunk pairs such as 256:8,2000:24, "
+                        f"chunks of 1 to TTT_CHUNK_SIZE={config.ttt_chunk_size}") from None
+    return rules
+
+
+def document_batches(documents: np.ndarray, config: Config) -> list[DocumentBatch]:
+    """All documents, longest first, in batches of TTT_BATCH_SIZE that share a chunk length."""
+    rules, out = chunk_rules(config), []
+    ordered = documents[np.argsort(-documents[:, 1], kind="stable")]
+    chunks = [next((chunk for longest, chunk in rules if size <= longest), config.ttt_chunk_size) for size in ordered[:, 1]]
+    cuts = [0, *(np.flatnonzero(np.diff(chunks)) + 1), len(ordered)]
+    for a, b in zip(cuts, cuts[1:]):
+        out += [DocumentBatch(ordered[i: min(i + config.ttt_batch_size, b)], chunks[a]) for i in range(a, b, config.ttt_batch_size)]
+    return out
+
+
+class Phase(NamedTuple):
+    """Batches [first, last) are read; then, if documents > 0, the base weights train on the first so many documents."""
+    first: int
+    last: int
+    documents: int
+
+
+def plan_phases(batches: list[DocumentBatch], config: Config) -> list[Phase]:
+    """Phases end with the batch that completes their number of documents: the same for any number of ranks."""
+    done = np.cumsum([len(b.documents) for b in batches])
+    count = config.phased_ttt_num_phases if config.phased_ttt_enabled else 0
+    prefix = min(config.phased_ttt_prefix_docs, int(done[-1]))
+    ends = {}
+    for i in range(count):
+        boundary = prefix * (i + 1) // count
+        last = int(np.searchsorted(done, boundary)) + 1
+        if boundary > 0 and last < len(batches):            # after the last batch there is nobody to profit
+            ends[last] = boundary
+    cuts = [0, *ends, len(batches)]
+    return [Phase(a, b, ends.get(b, 0)) for a, b in zip(cuts, cuts[1:])]
+
+
+class DocumentAdapters:
+    """A LoRA on the matrices of every pass slot, and on the head, for each document of a batch; and their optimizer.
+
+    A starts uniform +-1/sqrt(in), B zero: a new document starts from the base model. All slots of a kind are one
+    tensor [slots, rows, ...], so that the optimizer is a few kernels.
+    """
+
+    def __init__(self, model: GPT, rows: int, seed: int):
+        c = self.c = model.config
+        D, kv, slots = c.model_dim, c.num_kv_heads * c.head_dim, len(c.pass_order(c.num_loops)[0])
+        outputs = {"q": D, "k": kv, "v": kv, "o": D, "mlp": D, "head": c.vocab_size}
+        self.shapes = {kind: (1 if kind == "head" else slots, out) for kind, out in outputs.items() if getattr(c, f"ttt_{kind}_lora")}
+        self.slots, self.dtype, self.device = slots, model.dtype, model.tok_emb.device
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.draw(rows)
+
+    def draw(self, rows: int):
+        """A of every row, new; the same for any rank."""
+        shape = (self.c.ttt_lora_rank, self.c.model_dim)
+        noise = lambda slots: torch.rand((slots, rows, *shape), generator=self.generator, device=self.device) * 2 - 1
+        self.kept = {kind: noise(slots) / math.sqrt(shape[1]) for kind, (slots, _) in self.shapes.items()}
+
+    def begin(self, rows: int):
+        """B zero, optimizer state zero; A as the row's last document left it (TTT_WARM_START_A), or new."""
+        if not self.c.ttt_warm_start_a:
+            self.draw(len(next(iter(self.kept.values()))[0]) if self.kept else rows)
+        zeros = lambda slots, out: torch.zeros(slots, rows, out, self.c.ttt_lora_rank, device=self.device)
+        self.a = {kind: a[:, :rows].clone().requires_grad_() for kind, a in self.kept.items()}
+        self.b = {kind: zeros(*shape).requires_grad_() for kind, shape in self.shapes.items()}
+        self.optimizer = self.make_optimizer()
+
+    def parameters(self) -> list[Tensor]:
+        return [*self.a.values(), *self.b.values()]
+
+    def make_optimizer(self) -> torch.optim.Optimizer | None:
+        c, options = self.c, {"lr": self.c.ttt_lora_lr, "weight_decay": self.c.ttt_weight_decay}
+        if not self.shapes:
+            return None
+        if c.ttt_optimizer == "sgd":
+            return torch.optim.SGD(self.parameters(), momentum=c.ttt_beta1, **options)
+        return torch.optim.AdamW(self.parameters(), betas=(c.ttt_beta1, c.ttt_beta2), eps=1e-10, fused=True, **options)
+
+    def keep(self):
+        """Remember A for the rows' next documents; a row that went wrong keeps the A that it began with."""
+        for kind, a in self.a.items():
+            target = self.kept[kind][:, : a.shape[1]]
+            fine = a.detach().isfinite().flatten(2).all(2).all(0)[None, :, None, None]
+            target.copy_(torch.where(fine, a.detach(), target))
+
+    def shrink(self, rows: int):
+        """Go on with the first `rows` documents only."""
+        self.keep()
+        old, state = self.parameters(), self.optimizer.state if self.optimizer else {}
+        cut = lambda t: t.detach()[:, :rows].clone()
+        self.a, self.b = ({kind: cut(t).requires_grad_() for kind, t in group.items()} for group in (self.a, self.b))
+        self.optimizer = self.make_optimizer()
+        for p, q in zip(old, self.parameters()):
+            if p in state:
+                self.optimizer.state[q] = {key: cut(t) if t.ndim == q.ndim else t for key, t in state[p].items()}
+
+    def build(self, rows: slice, caps: Tensor | None) -> Adapters:
+        """The forward's argument for some rows. Casting a whole stack and unbinding it once keeps its gradient one tensor."""
+        cast = lambda t: t[:, rows].to(self.dtype).unbind(0)
+        scale = self.c.ttt_lora_alpha / self.c.ttt_lora_rank
+        loras = {kind: [LoRA(a, b, scale) for a, b in zip(cast(self.a[kind]), cast(self.b[kind]))] for kind in self.a}
+        head = loras.pop("head", [None])[0]
+        passes = tuple(PassAdapters(**{kind: per_slot[i] for kind, per_slot in loras.items()}) for i in range(self.slots))
+        return Adapters(passes, head, caps)
+
+    def step(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class Reader:
+    """Reads one batch of documents chunk by chunk, each with its own adapter.
+
+    Published protocol: every chunk is read with the whole window before it. Cached: with the last TTT_LIVE_TOKENS
+    before it; of earlier positions the keys and values are kept as they were computed, under the adapter of that time.
+    """
+
+    def __init__(self, model: GPT, adapters: DocumentAdapters, batch: DocumentBatch, tokens: np.ndarray,
+                 cache: KeyValueCache | None = None, caps: Tensor | None = None):
+        self.model, self.adapters, self.cache, self.caps, self.c = model, adapters, cache, caps, model.config
+        self.chunk, self.sizes, self.rows = batch.chunk, batch.documents[:, 1], len(batch.documents)
+        starts, device = batch.documents[:, :1], model.tok_emb.device
+        at = np.minimum(starts + np.arange(len(self.chunks()) * self.chunk + 1), starts + self.sizes[:, None])
+        self.ids = torch.from_numpy(tokens[at].astype(np.int64)).to(device)
+        self.lengths = torch.from_numpy(self.sizes.astype(np.int64)).to(device)
+        adapters.begin(self.rows)
+        if cache:
+            cache.clear(self.rows)
+
+    def chunks(self) -> range:
+        return range(-(-int(self.sizes[0]) // self.chunk))
+
+    def score(self, chunk: int) -> Tensor:
+        """Losses [rows, chunk length] in nats, 0 where a document has ended; rows that ended for good are gone."""
+        first = chunk * self.chunk
+        left = int((self.sizes > first).sum())
+        rows = self.rows
+        while rows > 1 and -(-rows // 2) >= left:           # few sizes: halves
+            rows = -(-rows // 2)
+        if rows < self.rows:
+            self.rows = rows
+            self.adapters.shrink(rows)
+            if self.cache:
+                self.cache.rows = rows
+        self.teaches = bool(self.adapters.shapes) and bool((self.sizes > first + self.chunk).any())
+        losses = self.forward(chunk)
+        ended = first + torch.arange(self.chunk, device=self.ids.device) >= self.lengths[: self.rows, None]
+        return losses.masked_fill(ended, 0.0)
+
+    def adapt(self, chunk: int):
+        """Update the adapters of the documents that go on with the mean loss of the chunk just banked."""
+        for i in range(self.c.ttt_grad_steps if self.teaches else 0):
+            if i:
+                self.forward(chunk)
+            self.adapters.step()
+        if self.cache:
+            live = max((chunk + 1) * self.chunk - self.c.ttt_live_tokens, 0)
+            if live > self.cache.position:
+                self.cache.advance(live - self.cache.position)
+
+    def forward(self, chunk: int) -> Tensor:
+        """Losses of the chunk's targets, detached; their gradient waits in the adapters, which nothing changes here.
+
+        Rows do not touch each other, so that a long window can be read by some of them at a time.
+        """
+        first, last, device = chunk * self.chunk, (chunk + 1) * self.chunk, self.ids.device
+        targets, inside = self.ids[: self.rows, first + 1: last + 1], torch.arange(self.chunk, device=device)
+        if self.cache:
+            live = self.cache.position
+            ids, at = self.ids[: self.rows, max(live - 1, 0): last], (first - live + inside).expand(self.rows, -1)
+            parts = 1
+        else:
+            longest = self.c.ttt_eval_seq_len
+            ends = np.minimum(last, self.sizes[: self.rows])
+            width = int((ends - np.maximum(ends - longest, 0)).max())
+            starts = (self.lengths[: self.rows, None].clamp(max=last) - longest).clamp(min=0)
+            ids = self.ids[: self.rows].gather(1, (starts + torch.arange(width, device=device)).clamp(max=self.ids.shape[1] - 1))
+            at = (first - starts + inside).clamp(0, width - 1)
+            parts = -(-self.rows // max(self.c.ttt_micro_tokens // width, 1))
+        goes_on, out = self.lengths[: self.rows] > last, []
+        for i in range(parts):
+            some = slice(self.rows * i // parts, self.rows * (i + 1) // parts)
+            with torch.set_grad_enabled(self.teaches or self.model.compiled):       # compiled: the same graphs for last chunks
+                losses = self.model.losses(ids[some], targets[some], adapters=self.adapters.build(some, self.caps), cache=self.cache,
+                                           at_BC=at[some])
+                if self.teaches:
+                    torch.where(goes_on[some], losses.mean(1), 0.0).sum().backward()
+            out.append(losses.detach())
+        return torch.cat(out)
+
+
+@contextlib.contextmanager
+def compiling(model: GPT, wanted: bool):
+    """Whether the model runs compiled inside a with-block (never where it was not built so)."""
+    before, model.compiled = model.compiled, model.compiled and wanted
+    try:
+        yield
+    finally:
+        model.compiled = before
+
+
+def train_globally(run: Run, model: GPT, tokens: np.ndarray, documents: np.ndarray, caps: Tensor | None,
+                   out_of_time: Callable[[], bool]):
+    """One SGD pass over documents already scored, on all base weights; every rank calls it and ends with the same weights.
+
+    Chunks of GLOBAL_TTT_CHUNK_TOKENS in the order of reading, all but the last trained on; the gradient is that of the
+    mean over a step's tokens on all ranks, so the number of ranks does not change the result.
+    """
+    c, world, start = run.config, run.world, time.perf_counter()
+    stream = np.concatenate([tokens[a: a + size] for a, size in documents])
+    total, longest = len(stream) - 1, c.eval_seq_len
+    chunks = -(-total // c.global_ttt_chunk_tokens)
+    parameters = [*model.parameters(), *([] if caps is None else [caps])]
+    optimizer = torch.optim.SGD(parameters, lr=c.global_ttt_lr, momentum=c.global_ttt_momentum)
+    for i in range(chunks - 1):
+        first, last = (min((i + j) * c.global_ttt_chunk_tokens, total) for j in (0, 1))
+        lr = c.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * i / max(chunks - 1, 1)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if world.sum(torch.tensor(float(bool(out_of_time()))), dist.ReduceOp.MAX):
+            run.log(f"ttt_time_limit: global pass stopped at chunk {i + 1}/{chunks}")
+            break
+        for _ in range(c.global_ttt_epochs):
+            for a in range(first, last, c.global_ttt_batch_seqs * longest):
+                b = min(a + c.global_ttt_batch_seqs * longest, last)
+                global_step(run, model, stream, a, b, parameters, caps, optimizer)
+        run.log(f"tttg: c{i + 1}/{chunks} lr:{lr:.6f} t:{time.perf_counter() - start:.1f}s")
+
+
+def global_step(run: Run, model: GPT, stream: np.ndarray, a: int, b: int, parameters: list[Tensor], caps: Tensor | None, optimizer):
+    """SGD on the mean loss of the targets of positions [a, b), sequences of them shared out over the ranks.
+
+    A segment ends with its sequence and, if documents are respected, its document. The token before a rank's share is
+    read with it (for the SmearGate), so that shares do not matter.
+    """
+    c, world, longest = run.config, run.world, run.config.eval_seq_len
+    sequences = -(-(b - a) // longest)
+    mine = [min(a + longest * (sequences * (world.rank + i) // world.size), b) for i in (0, 1)]
+    optimizer.zero_grad(set_to_none=True)
+    if mine[1] > mine[0]:
+        lead = min(mine[0], 1)
+        row = stream[mine[0] - lead: mine[1] + 1]
+        starts = np.append(np.zeros(lead, np.int64), np.arange(lead, len(row) - 1, longest))
+        if c.global_ttt_respect_doc_boundaries:
+            starts = np.union1d(starts, np.flatnonzero(row[:-1] == BOS))
+        ids, cu = torch.from_numpy(row.astype(np.int64))[None], torch.from_numpy(pad_cu_seqlens(starts, len(row) - 1))
+        batch = to_device(Batch(ids[:, :-1], ids[:, 1:], Segments(cu, longest)), world.device)
+        adapters = None if caps is None else Adapters((NO_ADAPTERS,) * len(c.pass_order(c.num_loops)[0]), caps=caps)
+        (model.losses(batch.ids, batch.targets, batch.segments, adapters=adapters)[:, lead:].sum() / (b - a)).backward()
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        world.sum(p.grad)
+    length = torch.nn.utils.clip_grad_norm_(parameters, c.global_ttt_grad_clip or math.inf)
+    if math.isfinite(length.item()):
+        optimizer.step()
+    else:
+        run.log("ttt_non_finite: a global step was skipped")
+
+
+class Crew:
+    """What ranks share while each reads at its own pace, in torch.distributed's store: a queue, barriers, sums, life signs.
+
+    A thread on every rank signs every two seconds and reads the others' signs. A rank that has not signed for
+    SILENCE seconds is lost: whoever waits raises UserError, whoever hangs in a collective is ended.
+    """
+    SILENCE = 30.0
+    count = 0           # crews so far in this process: each has its own names in the store
+
+    def __init__(self, world: World):
+        self.world, self.lost, self.finished = world, "", threading.Event()
+        Crew.count += 1
+        if world.size > 1:
+            self.store = dist.PrefixStore(f"ttt/{Crew.count}", dist.distributed_c10d._get_default_store())
+            self.thread = threading.Thread(target=self.watch, daemon=True)
+            self.thread.start()
+        else:
+            self.store = dist.HashStore()
+
+    def watch(self):
+        seen, turn, noticed = {}, 0, 0.0
+        while not self.finished.wait(2.0):
+            try:
+                turn += 1
+                self.store.set(f"sign/{self.world.rank}", str(turn))
+                now = time.monotonic()
+                for rank in set(range(self.world.size)) - {self.world.rank}:
+                    sign = self.store.get(f"sign/{rank}") if self.store.check([f"sign/{rank}"]) else b""
+                    if seen.setdefault(rank, (sign, now))[0] != sign:
+                        seen[rank] = (sign, now)
+                    if sign != b"finished" and now - seen[rank][1] > self.SILENCE:
+                        self.lost = f"rank {rank} has not answered for {now - seen[rank][1]:.0f} s"
+            except RuntimeError as e:                   # the store went with the rank that kept it
+                self.lost = f"the store of the ranks is gone ({str(e).splitlines()[0][:80]})"
+            if self.lost and not noticed:
+                noticed = time.monotonic()
+                print(f"error: rank {self.world.rank}: {self.lost}", file=sys.stderr, flush=True)
+            if self.lost and time.monotonic() - noticed > 10:
+                os._exit(1)
+
+    def check(self):
+        if self.lost:
+            raise UserError(f"test-time training stopped: {self.lost}", code=1)
+
+    def take(self, phase: int) -> int:
+        """The next number 0, 1, 2, ... of a phase's queue: each goes to one rank."""
+        self.check()
+        return self.store.add(f"queue/{phase}", 1) - 1
+
+    def meet(self, label: str):
+        """Wait until every rank is here."""
+        if self.world.size == 1:
+            return
+        self.store.add(f"meet/{label}", 1)
+        while self.store.add(f"meet/{label}", 0) < self.world.size:
+            self.check()
+            time.sleep(0.02)
+
+    def stopping(self, signal_number: int) -> bool:
+        """Has any rank been told to stop? Tells the others."""
+        if signal_number:
+            self.store.set("stop", str(signal_number))
+        return bool(signal_number) or self.world.size > 1 and self.store.check(["stop"])
+
+    def post(self, sums: Sums):
+        """Publish this rank's sums so far."""
+        self.store.set(f"sums/{self.world.rank}", json.dumps(sums))
+
+    def total(self) -> Sums:
+        """The sums that all ranks have published."""
+        keys = [f"sums/{rank}" for rank in range(self.world.size)]
+        return sum((Sums(*json.loads(self.store.get(key))) for key in keys if self.store.check([key])), Sums())
+
+    def close(self):
+        if self.world.size > 1 and not self.finished.is_set():
+            self.finished.set()
+            self.thread.join()
+            with contextlib.suppress(RuntimeError):
+                self.store.set(f"sign/{self.world.rank}", "finished")
+
+
+class Deadline:
+    """When to stop adapting so that plain scoring of the rest still ends before the limit."""
+
+    def __init__(self, began: float, limit: float, plain_rate: float):
+        self.began, self.limit, self.plain_rate, self.longest, self.last = began, limit, plain_rate, 0.0, time.perf_counter()
+
+    def over(self, left: float) -> bool:
+        """left: tokens that this rank has yet to score. Keeps room for the longest time between two questions."""
+        now = time.perf_counter()
+        self.longest, self.last = max(self.longest, now - self.last), now
+        return self.limit > 0 and now - self.began + 1.25 * left / self.plain_rate + 2 * self.longest + 0.01 * self.limit > self.limit
+
+
+class Adaptation:
+    """Phased test-time training over all validation documents (document A; spec evaluation.md)."""
+
+    def __init__(self, run: Run, model: GPT, data: Validation, name: str, began: float, plain_rate: float, bank: Callable | None = None):
+        c = self.c = run.config
+        self.run, self.model, self.data, self.name, self.bank = run, model, data, name, bank
+        self.batches = document_batches(find_documents(data.tokens), c)
+        self.phases = plan_phases(self.batches, c)
+        self.deadline = Deadline(began, c.eval_time_limit, plain_rate)
+        self.rows = max(len(b.documents) for b in self.batches)
+        self.caps = torch.full((2,), c.logit_softcap, device=run.world.device) if c.asym_logit_rescale else None
+        self.cache = None
+        if c.ttt_protocol == "cached":
+            self.cache = KeyValueCache(model, self.rows, c.ttt_eval_seq_len, max(1024, c.ttt_chunk_size + c.ttt_live_tokens))
+        self.mine, self.plain, self.adapting, self.read, self.current = Sums(), [], True, 0, 0
+
+    def sums(self, documents: np.ndarray, scored: np.ndarray, nats: np.ndarray) -> Sums:
+        """Of the first `scored` targets of each document."""
+        counts = self.data.byte_counts
+        size = sum(int(counts[a + 1: a + 1 + n].sum()) for a, n in zip(documents[:, 0], scored))
+        return Sums(float(nats.sum()), int(scored.sum()), size)
+
+    def leave_plain(self, documents: np.ndarray, scored: np.ndarray):
+        """Have the rest of these documents scored without adapters, before the phase ends."""
+        longest = self.c.eval_seq_len
+        for (start, size), done in zip(documents, scored):
+            self.plain += [(a, min(a + longest, start + size), max(a, start + done))
+                           for a in range(start, start + size, longest) if a + longest > start + done and done < size]
+
+    def score_plain(self):
+        """Score what leave_plain has gathered."""
+        if self.plain:
+            windows, longest = np.array(self.plain), self.c.eval_seq_len
+            row = min(self.c.val_batch_tokens // 8 // longest, -(-int((windows[:, 1] - windows[:, 0]).sum()) // longest)) * longest
+            more = sum_windows(self.run, self.model, self.data, pack_windows(windows, row), row, Segments(None, longest), self.name)
+            if not math.isfinite(more.nats):
+                raise UserError(f"{self.name}: the loss without adapters is {more.nats} too: the model is not usable", code=1)
+            self.mine, self.plain = self.mine + more, []
+
+    def read_batch(self, batch: DocumentBatch, adapters: DocumentAdapters, stop: Callable[[int], bool]) -> Sums:
+        """Score first, then adapt, chunk by chunk; stop(tokens scored in this batch) breaks off after a chunk."""
+        reader = Reader(self.model, adapters, batch, self.data.tokens, self.cache, self.caps)
+        nats = torch.zeros(len(batch.documents), dtype=torch.float64, device=self.run.world.device)
+        sizes, scored = batch.documents[:, 1], np.zeros(len(batch.documents), np.int64)
+        with compiling(self.model, self.c.ttt_compile):
+            for chunk, losses in zip(reader.chunks(), score_first(reader.chunks(), reader.score, reader.adapt)):
+                nats[: len(losses)] += losses.double().sum(1)
+                scored = np.minimum(sizes, (chunk + 1) * batch.chunk)
+                if self.bank:
+                    self.bank(batch, chunk, losses)
+                if stop(int(scored.sum())):
+                    break
+        adapters.keep()
+        nats = nats.cpu().numpy()
+        wrong = ~np.isfinite(nats)
+        for start, size in batch.documents[wrong]:
+            self.run.log(f"ttt_non_finite: document at token {start} ({size} tokens) is scored without adapters")
+        scored[wrong], nats[wrong] = 0, 0.0
+        if not self.signals.received:
+            self.leave_plain(batch.documents, scored)
+        return self.sums(batch.documents, scored, nats)
+
+    def stop(self, scored: int) -> bool:
+        """Asked after every chunk: a signal, or just enough time left to score the rest of the data plainly?"""
+        if self.signals.received:
+            return True
+        if self.c.eval_time_limit and self.run.world.device.type == "cuda":
+            self.run.world.sync()                   # the clock must not run ahead of the device
+        later = (len(self.data.tokens) - 1 - self.read) / self.run.world.size
+        if self.adapting and self.deadline.over(later + self.current - scored + sum(b - first for _, b, first in self.plain)):
+            self.adapting = False
+            self.run.log(f"ttt_time_limit: {time.perf_counter() - self.deadline.began:.1f} s of {self.c.eval_time_limit:.0f} s used; "
+                         f"the rest is scored without adapters")
+        return not self.adapting
+
+    def score(self) -> Score:
+        """Everything, in phases. Raises UserError on a signal (code 130) and when a rank is lost."""
+        run, world, start = self.run, self.run.world, time.perf_counter()
+        documents, boundaries = np.concatenate([b.documents for b in self.batches]), [p.documents for p in self.phases[:-1]]
+        prefix = max(boundaries, default=0)
+        run.log(f"ttt_phased: total_docs:{len(documents)} prefix_docs:{prefix} suffix_docs:{len(documents) - prefix} "
+                f"num_phases:{len(boundaries)} boundaries:{boundaries}")
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.signals, self.crew = Signals(), Crew(world)
+        self.progress = Progress(run.log, self.name, len(self.data.tokens) - 1)
+        self.warm_up()
+        try:
+            for number, phase in enumerate(self.phases):
+                self.read_phase(number, phase)
+                self.crew.meet(f"phase {number}")
+                self.finish_if_signalled()
+                if phase.documents:
+                    done, seconds = sum(len(b.documents) for b in self.batches[: phase.last]), time.perf_counter() - start
+                    run.log(f"ttpp: phase:{number + 1}/{len(boundaries)} pd:{done} gd:{phase.documents} t:{seconds:.1f}s")
+                    self.train_globally(documents[: phase.documents], self.batches[phase.last:])
+            self.crew.close()
+            total = sum_over_ranks(run, self.data, self.mine, self.name)
+        except (RuntimeError, dist.DistError) as e:
+            if world.size > 1 and any(word in str(e).lower() for word in ("connection", "peer", "socket", "broken pipe", "reset")):
+                raise UserError(f"test-time training stopped: a rank is gone ({str(e).splitlines()[0][:100]})", code=1) from None
+            raise
+        finally:
+            self.crew.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return Score(total.loss, total.bpb, total.tokens, time.perf_counter() - start)
+
+    def read_phase(self, number: int, phase: Phase):
+        run, adapters, begun = self.run, None, sum(len(b.documents) for b in self.batches[: phase.first])
+        while not self.crew.stopping(self.signals.received) and (i := phase.first + self.crew.take(number)) < phase.last:
+            batch = self.batches[i]
+            self.read, self.current = sum(b.tokens for b in self.batches[: i + 1]), batch.tokens
+            if self.stop(0):
+                self.leave_plain(batch.documents, np.zeros(len(batch.documents), np.int64))
+                continue
+            if adapters is None:                    # anew in every phase
+                adapters = DocumentAdapters(self.model, self.rows, self.c.seed + number)
+            got = self.read_batch(batch, adapters, self.stop)
+            self.mine += got
+            self.crew.post(self.mine)
+            if run.world.rank == 0:
+                total = self.crew.total()
+                run.log(f"ttp: b{len(self.batches) - i}/{len(self.batches)} bl:{got.loss:.4f} bb:{got.bpb:.4f} rl:{total.loss:.4f} "
+                        f"rb:{total.bpb:.4f} dl:{batch.documents[-1, 1]}-{batch.documents[0, 1]} gd:{int(begun > 0)}")
+                self.progress(max(total.tokens, 1))
+        if not self.signals.received:
+            self.score_plain()
+            self.crew.post(self.mine)
+
+    def train_globally(self, documents: np.ndarray, rest: list[DocumentBatch]):
+        """The end of a phase, unless any rank has run out of time."""
+        left = sum(b.tokens for b in rest) / self.run.world.size
+        if self.run.world.sum(torch.tensor(float(not self.adapting)), dist.ReduceOp.MAX):
+            self.adapting = False
+            return
+        self.model.requires_grad_(True)
+        with compiling(self.model, self.c.ttt_compile):
+            train_globally(self.run, self.model, self.data.tokens, documents, self.caps,
+                           lambda: self.signals.received or self.deadline.over(left))
+        for p in self.model.parameters():
+            p.grad = None
+        self.model.requires_grad_(False)
+
+    def warm_up(self):
+        """Compile, on random tokens, everything that reading will need."""
+        self.model.requires_grad_(False)
+        if self.caps is not None:
+            self.caps.requires_grad_(True)
+        if not (self.c.ttt_compile and self.model.compiled):
+            return
+        start, chunk = time.perf_counter(), self.c.ttt_chunk_size
+        tokens = np.random.default_rng(0).integers(2, self.c.vocab_size, 5 * chunk * self.rows + 1).astype(np.uint16)
+        sizes = np.where(np.arange(self.rows) < max(self.rows // 2, 1), 5 * chunk, 3 * chunk)
+        documents = np.stack((np.arange(self.rows) * 5 * chunk, sizes), 1)
+        adapters = DocumentAdapters(self.model, self.rows, 0)
+        reader = Reader(self.model, adapters, DocumentBatch(documents, chunk), tokens, self.cache, self.caps)
+        with compiling(self.model, True):
+            for _ in score_first(reader.chunks(), reader.score, reader.adapt):
+                pass
+        self.run.world.sync()
+        self.run.log(f"ttt_warm_up: compiled on random tokens in {time.perf_counter() - start:.1f}s")
+
+    def finish_if_signalled(self):
+        """After a signal on any rank: the score of what is done, marked partial."""
+        total, n = self.crew.total(), len(self.data.tokens) - 1       # before the collective: then the store may go
+        if self.run.world.sum(torch.tensor(float(self.signals.received)), dist.ReduceOp.MAX):
+            self.run.log(f"partial {self.name} val_loss:{total.loss:.8f} val_bpb:{total.bpb:.8f} tokens:{total.tokens} of {n}")
+            raise UserError(f"{self.name} stopped by a signal after {total.tokens} of {n} tokens; the score of these is partial", code=130)
+
+
+def evaluate_adapted(run: Run, model: GPT, data: Validation, name: str, began: float, plain_rate: float,
+                     bank: Callable | None = None) -> Score:
+    """Test-time training over the validation documents; changes the model's weights in its global phases.
+
+    began: perf_counter at the start of the evaluation budget. plain_rate: tokens a second of one rank without
+    adapters. bank(batch, chunk, losses): called with every chunk's banked losses.
+    """
+    grad = [p.requires_grad for p in model.parameters()]
+    try:
+        return Adaptation(run, model, data, name, began, plain_rate, bank).score()
+    finally:
+        for p, wanted in zip(model.parameters(), grad):
+            p.requires_grad_(wanted)
 
 
 # ======================================================================================================================
@@ -2823,6 +3993,7 @@ def preflight(run: Run) -> Inputs:
     c = run.config
     select_kernels(c)
     micro_batch(c, run.world.size)
+    chunk_rules(c)
     paths = find_shards(c, "train") if not c.ttt_eval_only else []
     shards = [read_shard(p, c.vocab_size) for p in paths]
     if shards:
@@ -2837,7 +4008,7 @@ def preflight(run: Run) -> Inputs:
         raise UserError(f"cannot write to {run.folder.resolve()}: {e.strerror}; set ARTIFACT_DIR") from None
     if not (c.prequant_only or c.ttt_eval_only):
         COMPRESSORS[c.compressor].probe()
-        if "PACKED_SOURCE" not in globals():
+        if not packed_source():
             import python_minifier  # noqa: F401  (needed at the end to count the code's bytes)
     return Inputs(shards, validation, paths + find_shards(c, "val"))
 
@@ -2846,14 +4017,17 @@ def train(run: Run, model: GPT, inputs: Inputs) -> dict[str, Tensor]:
     """Warm up, train, save the EMA weights; leaves them in the model and returns them under their file names."""
     c, trainer = run.config, Trainer(run, model, inputs.shards)
     with run.ledger.stage("warmup"):
+        rehearsed = []
+
         def rehearse():
             if c.max_wallclock_seconds and c.gptq_reserve_seconds < 0 and not c.prequant_only:
-                quiet = run._replace(log=Log(None, quiet=True))
-                quantize(quiet, trainer.average(), collect_hessians(quiet, model, inputs.shards, 1))
+                rehearsed[:] = [calibrate(quietly(run), model, trainer.average(), inputs.shards, 1, 1)]
+                rehearsed[0]()
         seconds = trainer.warm_up(rehearse)
     reserve = c.gptq_reserve_seconds
     if reserve < 0:
-        reserve = reserve_seconds(run, model, trainer, inputs, seconds)
+        reserve = reserve_seconds(run, model, inputs, seconds, rehearsed)
+    rehearsed.clear()
     run.log(f"gptq:reserving {reserve:.2f}s, effective={1000 * max(c.max_wallclock_seconds - reserve, 0):.0f}ms")
     reset_peak_memory(run.world.device)
     trainer.loop(reserve, lambda at: validate_in_training(run, model, inputs.validation, at))
@@ -2869,18 +4043,35 @@ def train(run: Run, model: GPT, inputs: Inputs) -> dict[str, Tensor]:
     return export_weights(dict(model.named_parameters()), c.num_layers)
 
 
-def reserve_seconds(run: Run, model: GPT, trainer: Trainer, inputs: Inputs, rehearsal: float) -> float:
-    """Seconds that Hessians and GPTQ will take, from a rehearsal on one batch: every further batch costs as much as
-    one forward with taps. A fifth is added; rank 0's figure holds for all."""
+def quietly(run: Run) -> Run:
+    """The run, without lines in its log or seconds in its ledger."""
+    silent = Log(None, quiet=True)
+    return run._replace(log=silent, ledger=Ledger(silent, run.world, 0))
+
+
+USUAL_PASSES = 3        # of GPTQ, until the byte budget is met
+
+
+def reserve_seconds(run: Run, model: GPT, inputs: Inputs, rehearsal: float, rehearsed: list[Quantizer]) -> float:
+    """Seconds that calibration and GPTQ will take, from a rehearsal on one batch: every further batch costs as much as
+    one more. A fifth is added; rank 0's figure holds for all."""
     c = run.config
-    if not c.max_wallclock_seconds or c.prequant_only:
+    if not rehearsed:
         return 0.0
-    start = time.perf_counter()
-    collect_hessians(run._replace(log=Log(None, quiet=True)), model, inputs.shards, 1)
-    run.world.sync()
-    one = time.perf_counter() - start
-    estimate = 1.2 * (rehearsal + one * (c.gptq_calibration_batches - 1)) + 0.5
-    return run.world.broadcast(torch.tensor([estimate], dtype=torch.float64)).item()
+
+    def seconds(action: Callable) -> float:
+        run.world.sync()
+        start = time.perf_counter()
+        action()
+        run.world.sync()
+        return time.perf_counter() - start
+    total = rehearsal + (c.gptq_calibration_batches - 1) * seconds(lambda: collect_hessians(quietly(run), model, inputs.shards, 1))
+    if uses_fisher(c):
+        one = seconds(lambda: collect_sensitivity(quietly(run), model, inputs.shards, list(rehearsed[0].bits), {}, 1)) / 2
+        total += max(c.fisher_batches / run.world.size - 2, 0) * one * (2 if c.fisher_hessian else 1)
+    if c.target_bytes:
+        total += (USUAL_PASSES - 1) * seconds(rehearsed[0])
+    return run.world.broadcast(torch.tensor([1.2 * total + 0.5], dtype=torch.float64)).item()
 
 
 def reset_peak_memory(device: torch.device):
@@ -2893,48 +4084,168 @@ def validate_in_training(run: Run, model: GPT, data: Validation, at: str):
     run.log(f"{at} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
 
 
+def uses_fisher(c: Config) -> bool:
+    return c.clip_rule == "fisher" or c.fisher_hessian > 0
+
+
+def calibrate(run: Run, model: GPT, weights: dict[str, Tensor], shards: list[np.ndarray], hessian_batches: int,
+              fisher_batches: int) -> Quantizer:
+    """All that the training data can tell the quantiser. The model holds the same weights."""
+    c, ledger = run.config, run.ledger
+    with ledger.stage("hessians", "train"):
+        hessians = collect_hessians(run, model, shards, hessian_batches)
+        factors = prepare_all(run, hessians)
+    sensitivity, counts = {}, None
+    if uses_fisher(c):
+        with ledger.stage("fisher", "train"):
+            names = [name for name, t in weights.items() if is_quantised(name, t)]
+            counts = token_counts(shards, c.vocab_size)
+            sensitivity = collect_sensitivity(run, model, shards, names, factors, fisher_batches)
+            if c.fisher_hessian:
+                factors |= prepare_all(run, blend_hessians(hessians, sensitivity, c.fisher_hessian))
+                sensitivity = collect_sensitivity(run, model, shards, names, factors, fisher_batches)
+    with ledger.stage("clips", "train"):
+        return Quantizer(run, Calibration(weights, hessians, sensitivity, counts), factors)
+
+
+def blend_hessians(hessians: dict[str, Tensor], sensitivity: dict[str, Sensitivity], share: float) -> dict[str, Tensor]:
+    """A Hessian for each matrix: of its inputs, and with this share of its squared gradients (both at mean diagonal 1)."""
+    scaled = lambda h: h * (len(h) / h.diagonal().sum().clamp_min(1e-30))
+    return {name: torch.lerp(scaled(hessians[hessian_key(name)]), scaled(s.columns), share) for name, s in sensitivity.items()}
+
+
+MULTIPLIERS = (-6.0, 8.0)           # of all steps, log2
+REST_BYTES = 80_000                 # a first guess of what is not an integer
+
+
+class Packed(NamedTuple):
+    coded: dict[str, IntTensor | HalfTensor]
+    artifact: bytes                 # empty but on rank 0
+    size: int                       # with the code
+
+
+def fit_bytes(run: Run, quantizer: Quantizer, code_bytes: int) -> Packed:
+    """Quantise and pack; under TARGET_BYTES with the finest steps for which code and model still fit.
+
+    A closed formula gives the size of the integers to within a per cent; what it is off by is learnt from each real
+    packing, so two or three passes do. Raises UserError if the coarsest steps do not fit.
+    """
+    c, world, target = run.config, run.world, run.config.target_bytes
+    seconds = dict.fromkeys(("gptq", "pack"), 0.0)
+
+    def make(at: float) -> Packed:
+        times = [time.perf_counter()]
+        coded = quantizer(2.0 ** at)
+        world.sync()
+        times.append(time.perf_counter())
+        artifact = world.together(lambda: write_artifact(coded, c) if world.rank == 0 else b"")
+        size = int(world.broadcast(torch.tensor([float(len(artifact) + code_bytes)], dtype=torch.float64)).item())
+        times.append(time.perf_counter())
+        for name, a, b in zip(seconds, times, times[1:]):
+            seconds[name] += b - a
+        return Packed(coded, artifact, size)
+
+    def solve(rest: float) -> float:
+        a, b = MULTIPLIERS
+        for _ in range(20):
+            a, b = ((a + b) / 2, b) if quantizer.estimate(2.0 ** ((a + b) / 2)) + rest > target * 0.9997 else (a, (a + b) / 2)
+        return a if a == MULTIPLIERS[0] else b
+
+    best, (low, high) = None, MULTIPLIERS
+    at = solve(code_bytes + REST_BYTES) if target else 0.0
+    for attempt in range(1, 11):
+        packed = make(at)
+        if not target:
+            best = packed
+            break
+        run.log(f"byte_budget pass:{attempt} multiplier:{2.0 ** at:.6f} bytes:{packed.size} target:{target}")
+        if packed.size <= target and (best is None or packed.size > best.size):
+            best = packed
+        if packed.size <= target and (target - packed.size <= target / 1000 or at == MULTIPLIERS[0]):
+            break
+        low, high = (max(low, at), high) if packed.size > target else (low, min(high, at))
+        guess = solve(packed.size - quantizer.estimate(2.0 ** at))
+        at = guess if low < guess < high or guess == MULTIPLIERS[0] == low else (low + high) / 2
+        if high - low < 1e-4:
+            break
+    for name in seconds:
+        run.ledger.charge(name, seconds[name], "train" if name == "gptq" else "none")
+    if best is None:
+        raise UserError(f"the submission is {packed.size - target} bytes over TARGET_BYTES={target} even with steps "
+                        f"{2.0 ** at:.0f} times as coarse: nothing was written; make the model smaller", code=3)
+    return best
+
+
 def compress(run: Run, model: GPT, weights: dict[str, Tensor], inputs: Inputs) -> Path:
-    """Hessians, GPTQ, packing; returns the artifact's path on disk. Over the cap: UserError with code 3, nothing kept."""
+    """Calibration, GPTQ, packing; returns the artifact's path on disk. Over the cap: UserError with code 3, nothing kept."""
     c, log = run.config, run.log
     log("GPTQ:collecting Hessians from calibration data...")
-    with run.ledger.stage("hessians", "train"):
-        hessians = collect_hessians(run, model, inputs.shards, c.gptq_calibration_batches)
-    with run.ledger.stage("gptq", "train"):
-        coded = quantize(run, weights, hessians)
+    code = shipped_script() if run.world.rank == 0 else b""
+    code_bytes = int(run.world.broadcast(torch.tensor([float(len(code))], dtype=torch.float64)).item())
+    quantizer = calibrate(run, model, weights, inputs.shards, c.gptq_calibration_batches, c.fisher_batches)
+    packed = fit_bytes(run, quantizer, code_bytes)
     run.ledger.close("train")
+    quantizer.log_table(packed.coded)
     path = run.folder / f"final_model.int{c.matrix_bits}.pglf"
-    with run.ledger.stage("pack"):
-        if run.world.rank == 0:
-            artifact, code = write_artifact(coded, c), shipped_script()
-            total, count = len(artifact) + len(code), sum(t.q.numel() for t in coded.values() if isinstance(t, IntTensor))
-            log(f"order0_entropy bytes:{entropy_bytes(coded):.0f} bits_per_weight:{8 * len(artifact) / max(count, 1):.4f} "
-                f"ratio:{len(artifact) / max(entropy_bytes(coded), 1):.4f}")
-            log(f"Serialized model quantized+{c.compressor}: {len(artifact)} bytes")
-            log(f"Code size (wrapped): {len(code)} bytes")
-            log(f"Total submission size quantized+{c.compressor}: {total} bytes")
-            over = total - CAP_BYTES
-            if over <= 0:
-                write_atomically(path, artifact)
-                write_atomically(run.folder / "final_model.train_gpt.py", code)
-        else:
-            over = 0
-        over = int(run.world.broadcast(torch.tensor([float(over)], dtype=torch.float64)).item())
-    if over > 0:
-        raise UserError(f"the submission is {over} bytes over the cap of {CAP_BYTES}: nothing was written; "
-                        "raise the clip sigmas or lower the bits", code=3)
+    count = sum(t.q.numel() for t in packed.coded.values() if isinstance(t, IntTensor))
+    log(f"order0_entropy bytes:{entropy_bytes(packed.coded):.0f} bits_per_weight:{8 * len(packed.artifact) / max(count, 1):.4f} "
+        f"ratio:{len(packed.artifact) / max(entropy_bytes(packed.coded), 1):.4f}")
+    log(f"Serialized model quantized+{c.compressor}: {len(packed.artifact)} bytes")
+    log(f"Code size (wrapped): {code_bytes} bytes")
+    log(f"Total submission size quantized+{c.compressor}: {packed.size} bytes")
+    if packed.size > CAP_BYTES:
+        raise UserError(f"the submission is {packed.size - CAP_BYTES} bytes over the cap of {CAP_BYTES}: nothing was written; "
+                        "set TARGET_BYTES, raise the clip sigmas or lower the bits", code=3)
+    if run.world.rank == 0:
+        write_atomically(path, packed.artifact)
+        write_atomically(run.folder / "final_model.train_gpt.py", code)
+        save_tensors(run.folder / "hessian_report.safetensors", *hessian_report(quantizer, packed.coded))
+    run.world.together(lambda: None)        # nobody reads before it is written
     return path
+
+
+def hessian_report(quantizer: Quantizer, coded: dict[str, IntTensor | HalfTensor]) -> tuple[dict[str, Tensor], dict]:
+    """Statistics of every quantised matrix for tools/hessian_report.py: tensors `NAME:what`, and the settings."""
+    out = {}
+    for name, w in quantizer.known.weights.items():
+        h = quantizer.hessian.get(name)
+        if h is not None:
+            diagonal = h.diagonal()
+            out[f"{name}:trace"] = diagonal.sum()
+            out[f"{name}:columns"] = diagonal / diagonal.mean().clamp_min(1e-30)
+            out[f"{name}:rows"] = row_importance(w, h)
+            out[f"{name}:std"] = w.float().std(dim=1)
+            out[f"{name}:step"] = coded[name].step
+            out[f"{name}:sigma"] = (coded[name].step.float() * largest(quantizer.bits[name]) / w.float().std(dim=1).clamp_min(1e-12).cpu())
+            out[f"{name}:error"] = torch.tensor(quantizer.errors[name])
+            out[f"{name}:bits"] = torch.tensor(coded[name].bits)
+            if name in quantizer.known.sensitivity:
+                out[f"{name}:fisher"] = quantizer.known.sensitivity[name].rows.float()
+    c = quantizer.c
+    return out, {"seed": c.seed, "clip_rule": c.clip_rule, "num_layers": c.num_layers, "num_loops": c.num_loops,
+                 "loop_start": c.loop_start, "loop_end": c.loop_end}
 
 
 def score_artifact(run: Run, model: GPT, path: Path, data: Validation):
     """The submission's own score: read back from disk, unpacked, evaluated, inside the evaluation budget."""
+    c, began = run.config, time.perf_counter()
     with run.ledger.stage("unpack", "eval"):
         coded = run.world.together(lambda: read_artifact(path, run.config))
-        import_weights(model, {name: t.decode() for name, t in coded.items()}, str(path))
+        import_weights(model, restore(coded), str(path))
     with run.ledger.stage("eval_quantized", "eval"):
-        log_score(run, "diagnostic quantized", evaluate(run, model, data, "quantized"))
-    if run.config.sliding_window_enabled:
+        plain = evaluate(run, model, data, "quantized")
+        log_score(run, "diagnostic quantized", plain)
+    if c.windowed_eval_enabled:
+        with run.ledger.stage("eval_windowed", "eval"):
+            log_score(run, "quantized_windowed", evaluate(run, model, data, "quantized_windowed", windowed=True))
+    if c.sliding_window_enabled:
         with run.ledger.stage("eval_sliding", "eval"):
             log_score(run, "quantized_sliding_window", evaluate(run, model, data, "quantized_sliding_window", sliding=True))
+    if c.ttt_enabled:
+        name = "quantized_ttt_phased" if c.phased_ttt_enabled else "quantized_ttt"
+        with run.ledger.stage("eval_ttt", "eval"):
+            rate = plain.tokens / plain.seconds / run.world.size
+            log_score(run, name, evaluate_adapted(run, model, data, name, began, rate))
     run.ledger.close("eval")
 
 

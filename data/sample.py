@@ -144,7 +144,7 @@ def up_to_date(out: Path, description: dict) -> bool:
 def build(out: Path, vocab_size: int, caseops: bool) -> dict:
     """Write shards, tokenizer and (with caseops) the sidecar to `out`; returns the manifest. Raises DataError."""
     import sentencepiece as spm
-    from caseops import CONTROLS, encode, piece_byte_counts
+    from caseops import CONTROLS, encode, keeps_leading_space, piece_byte_counts
     from tokenize_docs import train_tokenizer
 
     # Validation is cut by an estimate of its tokens, so that the tokenizer can be trained without it.
@@ -167,7 +167,7 @@ def build(out: Path, vocab_size: int, caseops: bool) -> dict:
     arrays = {shard_name("train", 0): shard(train), shard_name("val", 0): shard(val)}
     if caseops:
         ids = arrays[shard_name("val", 0)]
-        arrays[sidecar_name(0)] = piece_byte_counts(sp.id_to_piece(ids.tolist()), leading_space=True)
+        arrays[sidecar_name(0)] = piece_byte_counts(sp.id_to_piece(ids.tolist()), leading_space=keeps_leading_space(sp))
     for name, values in arrays.items():
         write_shard(out / name, values)
     with AtomicFile(out / "tokenizer.model") as f:

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from caseops import CONTROLS, encode, piece_byte_counts, without_markers
+from caseops import CONTROLS, encode, keeps_leading_space, piece_byte_counts, without_markers
 from shards import (
     BOS_ID,
     HEADER_BYTES,
@@ -44,6 +44,7 @@ from shards import (
     DataError,
     as_entries,
     header,
+    list_shards,
     read_header,
     run,
     sha256_file,
@@ -223,7 +224,7 @@ def start_worker(model: Path, caseops: bool, parent: int | None) -> None:
 
         threading.Thread(target=watch, daemon=True).start()
     sp = load_tokenizer(model, caseops)
-    _worker.update(sp=sp, caseops=caseops, leading_space=sp.decode(sp.encode(" a")) == " a")
+    _worker.update(sp=sp, caseops=caseops, leading_space=keeps_leading_space(sp))
 
 
 def tokenize_batch(batch: Batch, with_bytes: bool) -> tuple[list[Document], np.ndarray, np.ndarray | None]:
@@ -304,23 +305,34 @@ class ShardWriter:
         self.file.write(bytes(HEADER_BYTES))
 
     def append(self, values: np.ndarray) -> None:
-        self.file.write(values.tobytes())
+        with self.naming():
+            self.file.write(values.tobytes())
         self.entries += len(values)
 
     def commit(self) -> None:
-        self.file.seek(0)
-        self.file.write(header(self.entries))
-        self.atomic.__exit__(None, None, None)
+        with self.naming():
+            self.file.seek(0)
+            self.file.write(header(self.entries))
+            self.atomic.__exit__(None, None, None)
+
+    @contextlib.contextmanager
+    def naming(self):
+        """Errors of the disk, when it is full say, name the shard."""
+        try:
+            yield
+        except OSError as e:
+            raise DataError(f"{self.path}: cannot be written ({e.strerror or e})") from e
 
     def abandon(self) -> None:
-        self.atomic.__exit__(DataError, None, None)
+        with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
+            self.atomic.__exit__(DataError, None, None)
 
 
 class Output:
     """The output folder: what has been completed so far, and the shards being written.
 
-    state: "lines", the first line that is in no complete shard; "files", per name entries, documents, bytes and SHA-256;
-    and how many documents were left out or changed.
+    state: "lines", the first line that is in no complete shard; "files", per name the entries, documents, bytes and
+    SHA-256; and how many documents were left out or changed.
     """
 
     def __init__(self, folder: Path, settings: dict, shard_tokens: int):
@@ -368,6 +380,10 @@ class Output:
             self.save()  # from here on what is in the folder is ours, also if we are killed before the first shard
         for leftover in self.folder.glob(".*.tmp"):
             leftover.unlink()
+        for split in ("train", "val", "val_bytes"):  # named, but not yet recorded when we were killed: made again
+            for path in list_shards(self.folder, split):
+                if path.name not in self.state["files"]:
+                    path.unlink()
         return False
 
     def save(self, name: str = "progress.json") -> None:
@@ -428,8 +444,6 @@ def write_shards(output: Output, stream, val_docs: int, caseops: bool, progress)
             start = 0
             for document in documents:
                 line = document.line + 1
-                if document.surrogates:
-                    output.pending["documents_with_lone_surrogates"] += 1
                 if not document.tokens:
                     output.pending["empty_documents"] += 1
                     continue
@@ -456,6 +470,7 @@ def write_shards(output: Output, stream, val_docs: int, caseops: bool, progress)
                     documents=1, raw_bytes=document.raw_bytes,
                     normalized_bytes=document.normalized_bytes * in_val,
                     whitespace_bytes=document.whitespace_bytes * in_val,
+                    documents_with_lone_surrogates=int(document.surrogates),
                 )  # fmt: skip
                 start = end
             progress(sum(map(len, batch.lines)))
@@ -498,7 +513,8 @@ def main() -> int:
     parser.add_argument("--caseops", action="store_true", help="encode capitals, write the validation byte sidecar")
     parser.add_argument("--val-docs", type=int, default=CHALLENGE_VAL_DOCS, help="validation documents (default 50000)")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="at most, per training shard (10^8)")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parser.add_argument("--processes", type=int, default=cores, help="default: all cores")
     args = parser.parse_args()
 
     if bool(args.tokenizer) == args.train_tokenizer:
@@ -531,7 +547,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     lock = open(args.out / ".lock", "w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, workers do not inherit and outlive it
     except OSError:
         raise DataError(f"{args.out}: another tokenize_docs.py is writing there") from None
     output = Output(args.out, settings, args.shard_tokens)
@@ -539,7 +555,8 @@ def main() -> int:
         print(f"{args.out}: complete already")
         return 0
     if output.state["lines"]:
-        print(f"{args.out}: going on after line {output.state['lines']:,} ({len(output.state['files'])} complete files)")
+        complete = len(output.state["files"])
+        print(f"{args.out}: going on after line {output.state['lines']:,}, {complete} files are complete")
 
     start = time.perf_counter()
     model = args.out / "tokenizer.model"

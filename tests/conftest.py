@@ -1,4 +1,4 @@
-"""What every test file shares: paths, threads, the --slow option, and the toy data set (see toy.py).
+"""What every test file shares: paths, threads, the --slow option, the toy data set (see toy.py), and sample sets.
 
     pytest                      # everything quick that this machine can run
     pytest --slow               # also what takes over half a minute
@@ -6,6 +6,7 @@
 """
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")       # before torch: tests are ti
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-for folder in (ROOT, ROOT / "tests"):
+DATA = ROOT / "data"
+for folder in (ROOT, DATA, ROOT / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
@@ -44,3 +46,32 @@ def toy_data(tmp_path_factory):
 def world():
     import toy
     return toy.world()
+
+
+def data_run_script(name, *args, **options):
+    """Run data/<name> in its own process; the result has returncode, stdout and stderr as text."""
+    command = [sys.executable, str(DATA / name), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.fixture(scope="session")
+def data_run():
+    return data_run_script
+
+
+def make_sample(folder, *options):
+    result = data_run_script("sample.py", "--out", folder, *options)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_sample(tmp_path_factory):
+    """A folder made by data/sample.py."""
+    return make_sample(tmp_path_factory.mktemp("sample"))
+
+
+@pytest.fixture(scope="session")
+def data_sample_caseops(tmp_path_factory):
+    """A folder made by data/sample.py --caseops."""
+    return make_sample(tmp_path_factory.mktemp("sample_caseops"), "--caseops")

@@ -1,0 +1,289 @@
+"""Test-time training: scored first, every token once, documents apart, time kept."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import adapt_toy as toy
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt as tg
+
+PROTOCOLS = {
+    "published": dict(TTT_MICRO_TOKENS=100),
+    "published, two steps a chunk, SGD": dict(TTT_GRAD_STEPS=2, TTT_OPTIMIZER="sgd", TTT_BETA1=0.5, TTT_LORA_LR=1),
+    "published, A anew, no K": dict(TTT_WARM_START_A=0, TTT_K_LORA=0, ASYM_LOGIT_RESCALE=1),
+    "cached": dict(TTT_PROTOCOL="cached"),
+    "cached, nothing read again": dict(TTT_PROTOCOL="cached", TTT_LIVE_TOKENS=0),
+    "cached, chunks by length": dict(TTT_PROTOCOL="cached", TTT_LIVE_TOKENS=5, TTT_CHUNK_BY_LENGTH="10:2,40:7", TTT_GRAD_STEPS=2),
+    "no phases": dict(PHASED_TTT_ENABLED=0, TTT_PROTOCOL="cached"),
+}
+DATA = toy.documents()
+DOCUMENTS = tg.find_documents(DATA.tokens)
+BASE = {}
+
+
+def base(name):
+    if name not in BASE:
+        BASE[name] = toy.adapt(DATA, **PROTOCOLS[name])
+    return BASE[name]
+
+
+def batch_order(name) -> dict[int, tuple[int, int]]:
+    """Document's start -> (phase, batch) in which it is read."""
+    config = toy.setting(**PROTOCOLS[name])[0].config
+    batches = tg.document_batches(DOCUMENTS, config)
+    phases = tg.plan_phases(batches, config)
+    return {int(start): (next(i for i, p in enumerate(phases) if p.first <= number < p.last), number)
+            for number, batch in enumerate(batches) for start in batch.documents[:, 0]}
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_token_changes_no_loss_banked_before_it(name, data):
+    """The legality proof: change a token; what its own document banked before it, and what others banked before they
+    could know of it, stays to the last bit but for rounding."""
+    score, banked, when, _ = base(name)
+    start, size = DOCUMENTS[data.draw(st.integers(0, len(DOCUMENTS) - 1))]
+    at = int(start + data.draw(st.integers(1, max(int(size) - 1, 1))))
+    if at >= len(DATA.tokens) or DATA.tokens[at] == tg.BOS:
+        return
+    tokens = DATA.tokens.copy()
+    tokens[at] = 2 + (tokens[at] - 2 + data.draw(st.integers(1, 61))) % 62
+    _, changed, _, _ = toy.adapt(DATA._replace(tokens=tokens), **PROTOCOLS[name])
+    order = batch_order(name)
+    warm = "A anew" not in name
+    for other, count in DOCUMENTS:
+        span = slice(other, at - 1 if other == start else other + count)
+        later_phase, later_batch = order[other][0] > order[start][0], order[other][1] > order[start][1]
+        if other != start and (later_phase or warm and later_batch):
+            continue                                    # may have learnt from the changed document, after it was scored
+        np.testing.assert_allclose(changed[span], banked[span], rtol=0, atol=2e-5)
+    own = slice(at - 1, start + size)
+    assert not np.allclose(changed[own], banked[own], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_adapting_changes_later_losses(name):
+    """The proof above is not of something that does nothing."""
+    frozen = toy.adapt(DATA, **{**PROTOCOLS[name], "TTT_LORA_LR": 0, "GLOBAL_TTT_LR": 0})[1]
+    moved = np.abs(base(name)[1] - frozen)
+    for start, size in DOCUMENTS[DOCUMENTS[:, 1] > 40]:
+        assert moved[start: start + size].max() > 1e-3
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_every_target_once_and_all_bytes(name):
+    score, banked, _, lines = base(name)
+    assert not np.isnan(banked).any() and score.tokens == len(DATA.tokens) - 1
+    assert score.loss == pytest.approx(banked.mean(), abs=1e-6)
+    assert score.bpb == pytest.approx(banked.sum() / np.log(2) / DATA.byte_counts[1:].sum(), abs=1e-6)
+    assert f"val_tokens scored:{score.tokens} total:{score.tokens} stage:quantized_ttt_phased" in lines
+
+
+def test_without_learning_it_is_plain_evaluation_with_the_same_windows():
+    still = dict(TTT_LORA_LR=0, GLOBAL_TTT_LR=0, TTT_WEIGHT_DECAY=0.5)
+    run, model = toy.setting(**still)
+    chunk, longest = run.config.ttt_chunk_size, run.config.ttt_eval_seq_len
+    ids, expected = torch.from_numpy(DATA.tokens.astype(np.int64))[None], []
+    for start, size in DOCUMENTS:
+        for first in range(0, size, chunk):
+            end = min(first + chunk, size)
+            a, b = start + max(end - longest, 0), start + end
+            with torch.no_grad():
+                expected += model.losses(ids[:, a: b], ids[:, a + 1: b + 1])[0, first - end:].tolist()
+    np.testing.assert_allclose(toy.adapt(DATA, **still)[1], expected, atol=2e-5)
+    only_short = toy.documents([size for size in toy.SIZES if size <= longest])
+    plain = tg.evaluate(run, model, only_short, "plain")
+    for protocol in ("published", "cached"):
+        score = toy.adapt(only_short, TTT_PROTOCOL=protocol, **still)[0]
+        assert score.loss == pytest.approx(plain.loss, abs=2e-6) and score.bpb == pytest.approx(plain.bpb, abs=2e-6)
+    expected = tg.evaluate(run, model, DATA, "windowed", windowed=True)
+    for live in (0, 5, 16, 30):
+        score = toy.adapt(DATA, TTT_PROTOCOL="cached", TTT_LIVE_TOKENS=live, **still)[0]
+        assert score.loss == pytest.approx(expected.loss, abs=2e-6)
+
+
+def test_cache_moves_to_its_front_without_change():
+    """A document much longer than the cache's buffer, with a window that does not divide anything."""
+    data = toy.documents((700, 650, 3))
+    still = dict(TTT_LORA_LR=0, PHASED_TTT_ENABLED=0, EVAL_SEQ_LEN=37, TTT_EVAL_SEQ_LEN=37, TTT_PROTOCOL="cached")
+    run, model = toy.setting(**still)
+    expected = tg.evaluate(run, model, data, "windowed", windowed=True)
+    before = tg.KeyValueCache.__init__
+    try:
+        tg.KeyValueCache.__init__ = lambda self, model, rows, window, spare=0: before(self, model, rows, window, 40)
+        assert toy.adapt(data, **still)[0].loss == pytest.approx(expected.loss, abs=2e-6)
+    finally:
+        tg.KeyValueCache.__init__ = before
+
+
+def test_windowed_attention_is_a_mask():
+    """Every backend's window: position i sees [i - window + 1, i]; queries are the last of the keys' positions."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 50, heads, 8, generator=g) for heads in (4, 2, 2))
+    for window in (0, 1, 7, 49, 50, 80):
+        i, j = torch.arange(50)[:, None], torch.arange(50)
+        mask = (j <= i) & (j > i - (window or 50))
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            *(t.transpose(1, 2) for t in (q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2))), attn_mask=mask).transpose(1, 2)
+        for last in (50, 13, 1):
+            got = tg.attend_sdpa(q[:, -last:], k, v, None, window)
+            torch.testing.assert_close(got, expected[:, -last:], rtol=1e-5, atol=1e-5)
+
+
+def test_score_first_banks_before_it_adapts():
+    events = []
+    score, adapt = lambda c: events.append(f"score {c}") or c, lambda c: events.append(f"adapt {c}")
+    for chunk, value in enumerate(tg.score_first(range(3), score, adapt)):
+        events.append(f"bank {chunk}")
+        assert value == chunk
+    assert events == [f"{what} {c}" for c in range(3) for what in ("score", "bank", "adapt")]
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), (5,), (1, 1, 1, 1, 40), (20,) * 7, (200, 3), (64, 64, 64, 64)])
+@pytest.mark.parametrize("protocol", ["published", "cached"])
+def test_odd_document_sets(sizes, protocol):
+    data = toy.documents(sizes)
+    score, banked, _, _ = toy.adapt(data, TTT_PROTOCOL=protocol, PHASED_TTT_PREFIX_DOCS=1000, PHASED_TTT_NUM_PHASES=4)
+    assert score.tokens == len(data.tokens) - 1 and not np.isnan(banked).any()
+
+
+def test_text_before_the_first_bos_is_a_document():
+    data = toy.documents((60, 30))
+    data = tg.Validation(data.tokens[7:], data.byte_counts[7:])
+    for protocol in ("published", "cached"):
+        assert not np.isnan(toy.adapt(data, TTT_PROTOCOL=protocol)[1]).any()
+
+
+def test_phases_end_with_whole_batches():
+    config = toy.setting(TTT_BATCH_SIZE=64, PHASED_TTT_PREFIX_DOCS=2500, PHASED_TTT_NUM_PHASES=3)[0].config
+    sizes = np.stack((np.zeros(50000, int), np.sort(np.random.default_rng(0).integers(1, 9999, 50000))), 1)
+    phases = tg.plan_phases(tg.document_batches(sizes, config), config)
+    assert [p.documents for p in phases] == [833, 1666, 2500, 0]
+    assert [p.last for p in phases] == [14, 27, 40, 782]
+
+
+def test_a_document_that_goes_wrong_is_scored_without_adapters():
+    """Non-finite losses of one document: it alone falls back, and its row's A is not kept."""
+    run, model = toy.setting(PHASED_TTT_ENABLED=0)
+    victim = DOCUMENTS[6]
+    original = tg.DocumentAdapters.step
+
+    def step(self):
+        """The second update spoils the longest document's adapter."""
+        original(self)
+        self.count = getattr(self, "count", 0) + 1
+        if self.count == 2:
+            self.b["q"].data[:, 0] = float("nan")
+    try:
+        tg.DocumentAdapters.step = step
+        score, banked, _, lines = toy.adapt(DATA, run, model)
+    finally:
+        tg.DocumentAdapters.step = original
+    assert any(line.startswith(f"ttt_non_finite: document at token {victim[0]}") for line in lines)
+    assert np.isfinite(score.loss) and score.tokens == len(DATA.tokens) - 1
+    expected = toy.adapt(DATA, PHASED_TTT_ENABLED=0)[1]
+    rest = np.ones(len(banked), bool)
+    rest[victim[0]: victim.sum()] = False
+    same_batch = np.isin(np.arange(len(banked)), np.concatenate([np.arange(a, a + n) for a, n in DOCUMENTS[[1, 5]]]))
+    np.testing.assert_allclose(banked[rest & same_batch], expected[rest & same_batch], atol=2e-5)
+
+
+def test_time_limit_stops_adapting_not_scoring():
+    """A slow machine: adapting stops, everything is scored, the limit is not overshot."""
+    for phased in (0, 1):
+        run, model = toy.setting(EVAL_TIME_LIMIT=1.5, PHASED_TTT_ENABLED=phased)
+        original = tg.Reader.adapt
+
+        def slow(self, chunk):
+            time.sleep(0.2)
+            original(self, chunk)  # noqa: B023
+        try:
+            tg.Reader.adapt, began = slow, time.perf_counter()
+            score, banked, _, lines = toy.adapt(DATA, run, model, plain_rate=5000, began=began)
+        finally:
+            tg.Reader.adapt = original
+        assert time.perf_counter() - began < 1.5
+        assert sum("ttt_time_limit" in line for line in lines) == 1 and score.tokens == len(DATA.tokens) - 1
+        assert np.isnan(banked).any() and not np.isnan(banked).all()
+
+
+def test_sigterm_prints_a_partial_result():
+    run, model = toy.setting()
+    original = tg.Reader.adapt
+
+    def interrupted(self, chunk):
+        original(self, chunk)
+        if chunk == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        tg.Reader.adapt = interrupted
+        with pytest.raises(tg.UserError, match="partial") as e:
+            toy.adapt(DATA, run, model)
+    finally:
+        tg.Reader.adapt = original
+    assert e.value.code == 130 and signal.getsignal(signal.SIGTERM) == before
+    assert any(line.startswith("partial quantized_ttt_phased val_loss:") and "tokens:144 of" in line for line in run.log.lines)
+
+
+def test_log_lines_of_the_challenge():
+    lines = base("published")[3]
+    assert "ttt_phased: total_docs:10 prefix_docs:6 suffix_docs:4 num_phases:2 boundaries:[3, 6]" in lines
+    assert any(line.startswith("ttp: b4/4 bl:") and line.endswith("dl:49-100 gd:0") for line in lines)
+    assert any(line.startswith("ttpp: phase:1/2 pd:3 gd:3 t:") for line in lines)
+    assert any(line.startswith("tttg: c1/4 lr:0.100000 t:") for line in lines)
+
+
+def test_micro_batches_of_rows_change_nothing():
+    whole = toy.adapt(DATA)[1]
+    for tokens in (1, 70, 100):
+        np.testing.assert_allclose(toy.adapt(DATA, TTT_MICRO_TOKENS=tokens)[1], whole, atol=1e-4)
+
+
+def test_global_pass_follows_the_formula():
+    """One step against SGD by hand: mean loss of the chunk in document segments, clipped, cosine from the full rate."""
+    run, model = toy.setting(GLOBAL_TTT_CHUNK_TOKENS=96, GLOBAL_TTT_LR=0.3, GLOBAL_TTT_GRAD_CLIP=0.5, GLOBAL_TTT_BATCH_SEQS=8)
+    _, twin = toy.setting()
+    tg.train_globally(run, model, DATA.tokens, DOCUMENTS[[1, 6]], None, lambda: False)       # 170 tokens: two chunks, one trained
+    stream = np.concatenate([DATA.tokens[a: a + n] for a, n in DOCUMENTS[[1, 6]]])
+    batch = tg.to_batch(stream[:97], 48)
+    twin.losses(batch.ids, batch.targets, batch.segments).mean().backward()
+    torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+    for p, q in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(p, q if q.grad is None else q - 0.3 * q.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["256", "256:", "a:b", "100:99", "100:0", "3:4:5"])
+def test_bad_chunk_rules(text):
+    with pytest.raises(tg.UserError, match="TTT_CHUNK_BY_LENGTH"):
+        tg.chunk_rules(toy.setting(TTT_CHUNK_BY_LENGTH=text)[0].config)
+
+
+def test_adapted_batch_equals_packed_row():
+    """The same tokens, packed, as rows, and through the cache in uneven steps, with untouched adapters: one forward."""
+    run, model = toy.setting(TTT_EVAL_SEQ_LEN=64)
+    ids = torch.from_numpy(DATA.tokens[DOCUMENTS[6, 0]:][:61].astype(np.int64))[None]
+    batch = tg.to_batch(ids[0].numpy().astype(np.uint16), 64)
+    with torch.no_grad():
+        packed = model.losses(batch.ids, batch.targets, batch.segments)
+        adapters = tg.DocumentAdapters(model, 1, 0)
+        adapters.begin(1)
+        rows = model.losses(ids[:, :-1], ids[:, 1:], adapters=adapters.build(slice(None), None))
+        cache, parts = tg.KeyValueCache(model, 1, 64), []
+        for a, b in ((0, 7), (7, 8), (8, 40), (40, 60)):
+            untouched = adapters.build(slice(None), None)
+            parts.append(model.losses(ids[:, max(a - 1, 0): b], ids[:, a + 1: b + 1], adapters=untouched, cache=cache))
+            cache.advance(b - a)
+    torch.testing.assert_close(rows, packed, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(parts, 1), packed, rtol=1e-5, atol=1e-5)
