@@ -76,6 +76,7 @@ def knob(default, meaning: str = "", **limits):
 
 @dataclass(frozen=True)
 class Config:
+    """All settings; `CONFIG_CHECK=1` prints them."""
     # where things are
     data_dir: str = knob("./data", "folder of datasets/ and tokenizers/")
     data_path: str = knob("", "folder of the shards; empty: DATA_DIR/datasets/fineweb10B_sp<VOCAB_SIZE>[_caseops]")
@@ -3102,6 +3103,7 @@ def encode_pergroup(coded: dict[str, IntTensor | HalfTensor], folder: Path) -> d
 
 
 def decode_pergroup(streams: dict[str, bytes], specs: list[Spec], folder: Path) -> dict[str, IntTensor | HalfTensor]:
+    """Inverse of encode_pergroup; raises ValueError on streams that do not fit the specs."""
     groups, rest = pergroup_layout(specs)
     ints, halves = flat_sizes(rest)
     out = unflatten_codes(decompress_brotli(streams["rest"], ints + 2 * halves), rest)
