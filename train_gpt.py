@@ -659,16 +659,16 @@ HEADER_BYTES, MAGIC, VERSION = 1024, 20240520, 1
 PAD_SEGMENTS = 64                           # cu_seqlens is padded to a multiple of this: few lengths
 
 
-def find_shards(config: Config, split: str, kind: str = "") -> list[Path]:
+def find_shards(config: Config, split: str) -> list[Path]:
     """Shards of a split ("train", "val") in name order; raises UserError naming the command that makes them."""
     folder = Path(config.data_path)
     variant = "caseops" if config.caseops_enabled else f"sp{config.vocab_size}"
     hint = f"run `python data/sample.py` for the sample or `python data/download.py --variant {variant}`, or set DATA_PATH"
     if not folder.is_dir():
         raise UserError(f"data folder {folder} is missing: {hint}")
-    paths = sorted(folder.glob(f"fineweb_{split}_{kind}[0-9]*.bin"))
+    paths = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
     if not paths:
-        raise UserError(f"no fineweb_{split}_{kind}*.bin in {folder}: {hint}")
+        raise UserError(f"no fineweb_{split}_*.bin in {folder}: {hint}")
     return paths
 
 
@@ -880,17 +880,23 @@ def check_byte_counts(tokens: np.ndarray, counts: np.ndarray, tokenizer, documen
 
 def load_validation(config: Config, log: Log) -> Validation:
     """All validation tokens with their bytes; raises UserError on anything that would give a wrong score."""
-    tokens = np.concatenate([read_shard(p, config.vocab_size, sample=False) for p in find_shards(config, "val")])
+    shards = {p: read_shard(p, config.vocab_size, sample=False) for p in find_shards(config, "val")}
+    tokens = np.concatenate(list(shards.values()))
     if len(tokens) < 2:
         raise UserError(f"the validation shards in {config.data_path} hold {len(tokens)} token: expected at least 2")
     if not (tokens == BOS).any():
         raise UserError(f"the validation shards in {config.data_path} have no BOS (token {BOS}): expected one before every document")
     tokenizer = load_tokenizer(config)
     if config.caseops_enabled:
-        counts = np.concatenate([read_shard(p, 65536) for p in find_shards(config, "val", "bytes_")]).astype(np.int64)
-        if len(counts) != len(tokens):
-            raise UserError(f"the byte sidecar in {config.data_path} has {len(counts)} entries: "
-                            f"expected one for each of {len(tokens)} tokens")
+        parts = []
+        for path, shard in shards.items():
+            sidecar = path.with_name(path.name.replace("val_", "val_bytes_"))
+            if not sidecar.is_file():
+                raise UserError(f"byte sidecar {sidecar} is missing: CASEOPS_ENABLED=1 expects one beside every validation shard")
+            parts.append(read_shard(sidecar, 65536))
+            if len(parts[-1]) != len(shard):
+                raise UserError(f"byte sidecar {sidecar} has {len(parts[-1])} entries: expected one for each of {len(shard)} tokens")
+        counts = np.concatenate(parts).astype(np.int64)
     else:
         counts = count_bytes(tokens, token_byte_table(tokenizer))
         log(f"byte_check documents:{check_byte_counts(tokens, counts, tokenizer)} equal to their text")
@@ -3213,6 +3219,11 @@ def read_artifact(path: Path, config: Config) -> dict[str, IntTensor | HalfTenso
         raise UserError(f"artifact {path} cannot be read: {e.strerror}; run training or QUANTIZE_ONLY=1 first") from None
     header, streams = read_artifact_header(data, path)
     check_same_model(path, header["model"], config)
+    return decode_checked(header, streams, path)
+
+
+def decode_checked(header: dict, streams: dict[str, bytes], path: Path) -> dict[str, IntTensor | HalfTensor]:
+    """What read_artifact_header returned -> codes; whatever a decoder finds wrong is a UserError."""
     if header["compressor"] not in COMPRESSORS:
         raise UserError(f"artifact {path} is packed with {header['compressor']}: expected one of {', '.join(COMPRESSORS)}")
     try:
