@@ -76,6 +76,7 @@ def knob(default, meaning: str = "", **limits):
 
 @dataclass(frozen=True)
 class Config:
+    """All settings; `CONFIG_CHECK=1` prints them."""
     # where things are
     data_dir: str = knob("./data", "folder of datasets/ and tokenizers/")
     data_path: str = knob("", "folder of the shards; empty: DATA_DIR/datasets/fineweb10B_sp<VOCAB_SIZE>[_caseops]")
@@ -659,16 +660,16 @@ HEADER_BYTES, MAGIC, VERSION = 1024, 20240520, 1
 PAD_SEGMENTS = 64                           # cu_seqlens is padded to a multiple of this: few lengths
 
 
-def find_shards(config: Config, split: str, kind: str = "") -> list[Path]:
+def find_shards(config: Config, split: str) -> list[Path]:
     """Shards of a split ("train", "val") in name order; raises UserError naming the command that makes them."""
     folder = Path(config.data_path)
     variant = "caseops" if config.caseops_enabled else f"sp{config.vocab_size}"
     hint = f"run `python data/sample.py` for the sample or `python data/download.py --variant {variant}`, or set DATA_PATH"
     if not folder.is_dir():
         raise UserError(f"data folder {folder} is missing: {hint}")
-    paths = sorted(folder.glob(f"fineweb_{split}_{kind}[0-9]*.bin"))
+    paths = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
     if not paths:
-        raise UserError(f"no fineweb_{split}_{kind}*.bin in {folder}: {hint}")
+        raise UserError(f"no fineweb_{split}_*.bin in {folder}: {hint}")
     return paths
 
 
@@ -880,17 +881,23 @@ def check_byte_counts(tokens: np.ndarray, counts: np.ndarray, tokenizer, documen
 
 def load_validation(config: Config, log: Log) -> Validation:
     """All validation tokens with their bytes; raises UserError on anything that would give a wrong score."""
-    tokens = np.concatenate([read_shard(p, config.vocab_size, sample=False) for p in find_shards(config, "val")])
+    shards = {p: read_shard(p, config.vocab_size, sample=False) for p in find_shards(config, "val")}
+    tokens = np.concatenate(list(shards.values()))
     if len(tokens) < 2:
         raise UserError(f"the validation shards in {config.data_path} hold {len(tokens)} token: expected at least 2")
     if not (tokens == BOS).any():
         raise UserError(f"the validation shards in {config.data_path} have no BOS (token {BOS}): expected one before every document")
     tokenizer = load_tokenizer(config)
     if config.caseops_enabled:
-        counts = np.concatenate([read_shard(p, 65536) for p in find_shards(config, "val", "bytes_")]).astype(np.int64)
-        if len(counts) != len(tokens):
-            raise UserError(f"the byte sidecar in {config.data_path} has {len(counts)} entries: "
-                            f"expected one for each of {len(tokens)} tokens")
+        parts = []
+        for path, shard in shards.items():
+            sidecar = path.with_name(path.name.replace("val_", "val_bytes_"))
+            if not sidecar.is_file():
+                raise UserError(f"byte sidecar {sidecar} is missing: CASEOPS_ENABLED=1 expects one beside every validation shard")
+            parts.append(read_shard(sidecar, 65536))
+            if len(parts[-1]) != len(shard):
+                raise UserError(f"byte sidecar {sidecar} has {len(parts[-1])} entries: expected one for each of {len(shard)} tokens")
+        counts = np.concatenate(parts).astype(np.int64)
     else:
         counts = count_bytes(tokens, token_byte_table(tokenizer))
         log(f"byte_check documents:{check_byte_counts(tokens, counts, tokenizer)} equal to their text")
@@ -2464,14 +2471,14 @@ def adaptive_rule(names: list[str], known: Calibration, c: Config) -> dict[str, 
 
 
 def steady(rows_2R: Tensor, prior_R: Tensor) -> Tensor:
-    """Mean of two noisy halves, drawn towards the prior as far as the halves disagree. float64 [R], positive."""
-    logs = rows_2R.log() - prior_R.log()
+    """Mean of two noisy halves, drawn towards the prior as far as the halves disagree. float64 [R].
+
+    The mix is of values, not of logarithms: a row that no batch happened to need keeps a share of its prior.
+    """
+    logs = (rows_2R / prior_R + 0.1).log()
     logs = logs - logs.mean(1, keepdim=True)
-    agreement = ((logs[0] * logs[1]).mean() / (logs[0].var() * logs[1].var()).sqrt().clamp_min(1e-12)).clamp(0, 1).item()
-    trust = 2 * agreement / (1 + agreement)             # Spearman-Brown: of the mean of both halves
-    own = rows_2R.mean(0)
-    out = prior_R * (trust * (own / prior_R).log()).exp()
-    return out * own.mean() / out.mean()
+    agreement = ((logs[0] * logs[1]).mean() / (logs[0].var() * logs[1].var()).sqrt().clamp_min(1e-12)).clamp(0, 1)
+    return torch.lerp(prior_R, rows_2R.mean(0), 2 * agreement / (1 + agreement))    # Spearman-Brown: of the mean of both
 
 
 def neighbours_mean(values: Tensor, rank_by: Tensor, width: int = 65) -> Tensor:
@@ -2490,17 +2497,17 @@ def fisher_rule(names: list[str], known: Calibration, c: Config) -> dict[str, Cl
     Rows of the embedding are compared with tokens about as frequent, other rows with their matrix. The element-weighted
     mean of ln step is that of the hand-set sigmas.
     """
-    logs, excess, size = {}, 0.0, 0
+    logs, excess, size, clips = {}, 0.0, 0, hand_rule(names, known, c)
+    names = [name for name in names if name in known.sensitivity]       # of what was not measured nothing better is known
     usual = float(np.median([known.sensitivity[name].rows.mean().item() / known.weights[name].shape[1] for name in names] or [1.0]))
     for name in names:
         w = known.weights[name].double()
         seen = known.sensitivity[name].rows.to(w.device)
         mean = seen.mean().clamp(usual * w.shape[1] / EXTREME + 1e-30, usual * w.shape[1] * EXTREME + 1e-30)
-        seen = seen.clamp(mean / EXTREME, mean * EXTREME)
         prior = mean.expand(len(w))
         if known.counts is not None and len(known.counts) == len(w):
             prior = neighbours_mean(seen.mean(0), known.counts.to(w.device))
-        rows = (steady(seen, prior) / mean).log()
+        rows = (steady(seen, prior.clamp_min(mean / EXTREME)) / mean).clamp_min(1 / EXTREME).log()
         spread = w.std(dim=1).clamp_min(1e-12)
         logs[name] = -c.fisher_tensor_power * (mean / w.shape[1]).log() - c.fisher_row_power * rows - spread.log()
         group = layer_group(name, c)
@@ -2509,7 +2516,7 @@ def fisher_rule(names: list[str], known: Calibration, c: Config) -> dict[str, Cl
         logs[name] += math.log(largest(getattr(c, role_of(name).bits)) * (getattr(c, f"clip_mult_{group}") if group else 1))
         size += w.numel()
     logs = {name: x - excess / size for name, x in logs.items()}
-    return {name: Clip(x.mean().exp().item(), (x - x.mean()).exp().float()) for name, x in logs.items()}
+    return clips | {name: Clip(x.mean().exp().item(), (x - x.mean()).exp().float()) for name, x in logs.items()}
 
 
 CLIP_RULES: dict[str, Callable[[list[str], Calibration, Config], dict[str, Clip]]] = {
@@ -3103,6 +3110,7 @@ def encode_pergroup(coded: dict[str, IntTensor | HalfTensor], folder: Path) -> d
 
 
 def decode_pergroup(streams: dict[str, bytes], specs: list[Spec], folder: Path) -> dict[str, IntTensor | HalfTensor]:
+    """Inverse of encode_pergroup; raises ValueError on streams that do not fit the specs."""
     groups, rest = pergroup_layout(specs)
     ints, halves = flat_sizes(rest)
     out = unflatten_codes(decompress_brotli(streams["rest"], ints + 2 * halves), rest)
@@ -3212,6 +3220,11 @@ def read_artifact(path: Path, config: Config) -> dict[str, IntTensor | HalfTenso
         raise UserError(f"artifact {path} cannot be read: {e.strerror}; run training or QUANTIZE_ONLY=1 first") from None
     header, streams = read_artifact_header(data, path)
     check_same_model(path, header["model"], config)
+    return decode_checked(header, streams, path)
+
+
+def decode_checked(header: dict, streams: dict[str, bytes], path: Path) -> dict[str, IntTensor | HalfTensor]:
+    """What read_artifact_header returned -> codes; whatever a decoder finds wrong is a UserError."""
     if header["compressor"] not in COMPRESSORS:
         raise UserError(f"artifact {path} is packed with {header['compressor']}: expected one of {', '.join(COMPRESSORS)}")
     try:
