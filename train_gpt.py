@@ -315,6 +315,7 @@ CONTRADICTIONS: list[tuple[Callable[[Config], bool], str]] = [
      "EVAL_STRIDE={eval_stride} must be at most EVAL_SEQ_LEN={eval_seq_len}: windows would miss tokens"),
     (lambda c: c.ttt_protocol == "cached" and c.ttt_chunk_size + c.ttt_live_tokens > c.ttt_eval_seq_len,
      "TTT_CHUNK_SIZE={ttt_chunk_size} and TTT_LIVE_TOKENS={ttt_live_tokens} exceed TTT_EVAL_SEQ_LEN={ttt_eval_seq_len} together"),
+    (lambda c: max(c.ttt_beta1, c.ttt_beta2) >= 1, "TTT_BETA1={ttt_beta1} and TTT_BETA2={ttt_beta2} must be below 1"),
     (lambda c: c.ttt_chunk_size > c.ttt_eval_seq_len,
      "TTT_CHUNK_SIZE={ttt_chunk_size} exceeds TTT_EVAL_SEQ_LEN={ttt_eval_seq_len}"),
     (lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
@@ -670,16 +671,16 @@ HEADER_BYTES, MAGIC, VERSION = 1024, 20240520, 1
 PAD_SEGMENTS = 64                           # cu_seqlens is padded to a multiple of this: few lengths
 
 
-def find_shards(config: Config, split: str, kind: str = "") -> list[Path]:
+def find_shards(config: Config, split: str) -> list[Path]:
     """Shards of a split ("train", "val") in name order; raises UserError naming the command that makes them."""
     folder = Path(config.data_path)
     variant = "caseops" if config.caseops_enabled else f"sp{config.vocab_size}"
     hint = f"run `python data/sample.py` for the sample or `python data/download.py --variant {variant}`, or set DATA_PATH"
     if not folder.is_dir():
         raise UserError(f"data folder {folder} is missing: {hint}")
-    paths = sorted(folder.glob(f"fineweb_{split}_{kind}[0-9]*.bin"))
+    paths = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
     if not paths:
-        raise UserError(f"no fineweb_{split}_{kind}*.bin in {folder}: {hint}")
+        raise UserError(f"no fineweb_{split}_*.bin in {folder}: {hint}")
     return paths
 
 
@@ -895,17 +896,23 @@ def check_byte_counts(tokens: np.ndarray, counts: np.ndarray, tokenizer, documen
 
 def load_validation(config: Config, log: Log) -> Validation:
     """All validation tokens with their bytes; raises UserError on anything that would give a wrong score."""
-    tokens = np.concatenate([read_shard(p, config.vocab_size, sample=False) for p in find_shards(config, "val")])
+    shards = {p: read_shard(p, config.vocab_size, sample=False) for p in find_shards(config, "val")}
+    tokens = np.concatenate(list(shards.values()))
     if len(tokens) < 2:
         raise UserError(f"the validation shards in {config.data_path} hold {len(tokens)} token: expected at least 2")
     if not (tokens == BOS).any():
         raise UserError(f"the validation shards in {config.data_path} have no BOS (token {BOS}): expected one before every document")
     tokenizer = load_tokenizer(config)
     if config.caseops_enabled:
-        counts = np.concatenate([read_shard(p, 65536) for p in find_shards(config, "val", "bytes_")]).astype(np.int64)
-        if len(counts) != len(tokens):
-            raise UserError(f"the byte sidecar in {config.data_path} has {len(counts)} entries: "
-                            f"expected one for each of {len(tokens)} tokens")
+        parts = []
+        for path, shard in shards.items():
+            sidecar = path.with_name(path.name.replace("val_", "val_bytes_"))
+            if not sidecar.is_file():
+                raise UserError(f"byte sidecar {sidecar} is missing: CASEOPS_ENABLED=1 expects one beside every validation shard")
+            parts.append(read_shard(sidecar, 65536))
+            if len(parts[-1]) != len(shard):
+                raise UserError(f"byte sidecar {sidecar} has {len(parts[-1])} entries: expected one for each of {len(shard)} tokens")
+        counts = np.concatenate(parts).astype(np.int64)
     else:
         counts = count_bytes(tokens, token_byte_table(tokenizer))
         log(f"byte_check documents:{check_byte_counts(tokens, counts, tokenizer)} equal to their text")
@@ -1229,14 +1236,14 @@ BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 
 
 class LoRA(NamedTuple):
-    """Low-rank adapter per batch row: x [B, T, I] -> y + scale * x A^T B^T, with a [B, R, I], b [B, O, R]."""
+    """Low-rank adapter per batch row: x [B, T, I] -> (y +) scale * x A^T B^T, with a [B, R, I], b [B, O, R]."""
     a: Tensor
     b: Tensor
     scale: float
 
-    def __call__(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
-        low = torch.bmm(x_BTI, self.a.to(x_BTI.dtype).transpose(1, 2))
-        return torch.baddbmm(y_BTO, low, self.b.to(x_BTI.dtype).transpose(1, 2), alpha=self.scale)
+    def __call__(self, x_BTI: Tensor, y_BTO: Tensor | None = None) -> Tensor:
+        low, up = torch.bmm(x_BTI, self.a.to(x_BTI.dtype).mT), self.b.to(x_BTI.dtype).mT
+        return torch.bmm(low, up) * self.scale if y_BTO is None else torch.baddbmm(y_BTO, low, up, alpha=self.scale)
 
 
 class PassAdapters(NamedTuple):
@@ -1599,9 +1606,9 @@ class GPT(nn.Module):
         SmearGate), which gives no output.
         """
         c, start = self.config, cache.position if cache else 0
-        compiled = self.compiled and not tap and not (cache and start == 0 or adapters and len(ids_BT) == 1)    # not for sizes 0, 1
+        compiled = self.runs_compiled(ids_BT, adapters, tap) and not (cache and start == 0)     # an empty past: its own graphs
         run = self.block if compiled else block
-        flexible = mark_flexible if compiled and adapters else lambda *tensors: None
+        flexible = mark_flexible if self.compiled and adapters else lambda *tensors: None
         flexible(ids_BT, *(t for lora in adapters_of(adapters) for t in lora[:2]))
         x = (self.embed if compiled else embed)(ids_BT, self.tok_emb, self.smear_gate, self.smear_lambda, self.dtype,
                                                 segments.fresh if segments else None)
@@ -1634,6 +1641,10 @@ class GPT(nn.Module):
             x = {"mean": (x + lane) / 2, "attn": x, "mlp": lane}[c.parallel_final_lane]
         return x
 
+    def runs_compiled(self, ids_BT: Tensor, adapters: Adapters | None, tap) -> bool:
+        """Taps never; a single row with adapters neither: to the compiler a size of one is another program."""
+        return self.compiled and not tap and not (adapters and len(ids_BT) == 1)
+
     def losses(self, ids_BT: Tensor, targets_BC: Tensor, segments=None, loops=None, adapters=None, tap=None, cache=None,
                at_BC: Tensor | None = None) -> Tensor:
         """Cross-entropy in nats of every target, float32 [B, C]: of all positions, or of those that at_BC names.
@@ -1644,7 +1655,7 @@ class GPT(nn.Module):
         if at_BC is not None:
             x = x.gather(1, at_BC[..., None].expand(-1, -1, x.shape[2]))
         weight = (self.tok_emb if self.lm_head is None else self.lm_head).to(self.dtype)
-        run = self.head_losses if self.compiled and not tap else head_losses
+        run = self.head_losses if self.runs_compiled(ids_BT, adapters, tap) else head_losses
         head, caps = (adapters.head, adapters.caps) if adapters else (None, None)
         if self.compiled and adapters:
             mark_flexible(x, targets_BC)
@@ -2476,14 +2487,14 @@ def adaptive_rule(names: list[str], known: Calibration, c: Config) -> dict[str, 
 
 
 def steady(rows_2R: Tensor, prior_R: Tensor) -> Tensor:
-    """Mean of two noisy halves, drawn towards the prior as far as the halves disagree. float64 [R], positive."""
-    logs = rows_2R.log() - prior_R.log()
+    """Mean of two noisy halves, drawn towards the prior as far as the halves disagree. float64 [R].
+
+    The mix is of values, not of logarithms: a row that no batch happened to need keeps a share of its prior.
+    """
+    logs = (rows_2R / prior_R + 0.1).log()
     logs = logs - logs.mean(1, keepdim=True)
-    agreement = ((logs[0] * logs[1]).mean() / (logs[0].var() * logs[1].var()).sqrt().clamp_min(1e-12)).clamp(0, 1).item()
-    trust = 2 * agreement / (1 + agreement)             # Spearman-Brown: of the mean of both halves
-    own = rows_2R.mean(0)
-    out = prior_R * (trust * (own / prior_R).log()).exp()
-    return out * own.mean() / out.mean()
+    agreement = ((logs[0] * logs[1]).mean() / (logs[0].var() * logs[1].var()).sqrt().clamp_min(1e-12)).clamp(0, 1)
+    return torch.lerp(prior_R, rows_2R.mean(0), 2 * agreement / (1 + agreement))    # Spearman-Brown: of the mean of both
 
 
 def neighbours_mean(values: Tensor, rank_by: Tensor, width: int = 65) -> Tensor:
@@ -2502,17 +2513,17 @@ def fisher_rule(names: list[str], known: Calibration, c: Config) -> dict[str, Cl
     Rows of the embedding are compared with tokens about as frequent, other rows with their matrix. The element-weighted
     mean of ln step is that of the hand-set sigmas.
     """
-    logs, excess, size = {}, 0.0, 0
+    logs, excess, size, clips = {}, 0.0, 0, hand_rule(names, known, c)
+    names = [name for name in names if name in known.sensitivity]       # of what was not measured nothing better is known
     usual = float(np.median([known.sensitivity[name].rows.mean().item() / known.weights[name].shape[1] for name in names] or [1.0]))
     for name in names:
         w = known.weights[name].double()
         seen = known.sensitivity[name].rows.to(w.device)
         mean = seen.mean().clamp(usual * w.shape[1] / EXTREME + 1e-30, usual * w.shape[1] * EXTREME + 1e-30)
-        seen = seen.clamp(mean / EXTREME, mean * EXTREME)
         prior = mean.expand(len(w))
         if known.counts is not None and len(known.counts) == len(w):
             prior = neighbours_mean(seen.mean(0), known.counts.to(w.device))
-        rows = (steady(seen, prior) / mean).log()
+        rows = (steady(seen, prior.clamp_min(mean / EXTREME)) / mean).clamp_min(1 / EXTREME).log()
         spread = w.std(dim=1).clamp_min(1e-12)
         logs[name] = -c.fisher_tensor_power * (mean / w.shape[1]).log() - c.fisher_row_power * rows - spread.log()
         group = layer_group(name, c)
@@ -2521,7 +2532,7 @@ def fisher_rule(names: list[str], known: Calibration, c: Config) -> dict[str, Cl
         logs[name] += math.log(largest(getattr(c, role_of(name).bits)) * (getattr(c, f"clip_mult_{group}") if group else 1))
         size += w.numel()
     logs = {name: x - excess / size for name, x in logs.items()}
-    return {name: Clip(x.mean().exp().item(), (x - x.mean()).exp().float()) for name, x in logs.items()}
+    return clips | {name: Clip(x.mean().exp().item(), (x - x.mean()).exp().float()) for name, x in logs.items()}
 
 
 CLIP_RULES: dict[str, Callable[[list[str], Calibration, Config], dict[str, Clip]]] = {
@@ -3225,6 +3236,11 @@ def read_artifact(path: Path, config: Config) -> dict[str, IntTensor | HalfTenso
         raise UserError(f"artifact {path} cannot be read: {e.strerror}; run training or QUANTIZE_ONLY=1 first") from None
     header, streams = read_artifact_header(data, path)
     check_same_model(path, header["model"], config)
+    return decode_checked(header, streams, path)
+
+
+def decode_checked(header: dict, streams: dict[str, bytes], path: Path) -> dict[str, IntTensor | HalfTensor]:
+    """What read_artifact_header returned -> codes; whatever a decoder finds wrong is a UserError."""
     if header["compressor"] not in COMPRESSORS:
         raise UserError(f"artifact {path} is packed with {header['compressor']}: expected one of {', '.join(COMPRESSORS)}")
     try:

@@ -68,7 +68,8 @@ def main() -> int:
             rows.append({"artifact": str(path), "coder": coder, "bytes": size, "entropy_bytes": round(entropy), "integers": count,
                          "bits": 8 * size / count, "ratio": size / entropy, "pack_seconds": middle - start, "unpack_seconds": end - middle,
                          "parts": where if coder == "entropy" else None})
-            print(f"{coder:10s} {size:>11,} {8 * size / count:7.4f} {size / entropy:14.4f} {middle - start:7.1f} {end - middle:8.1f}", flush=True)
+            times = f"{middle - start:7.1f} {end - middle:8.1f}"
+            print(f"{coder:10s} {size:>11,} {8 * size / count:7.4f} {size / entropy:14.4f} {times}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
