@@ -608,13 +608,24 @@ def check_same_model(path: Path, saved: dict, config: Config):
             raise UserError(f"{path} was made with {name.upper()}={saved[name]}, this run has {value}: use the same settings")
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def stop_now(number, _frame):
+    """Signal handler outside the training loop: there is nothing to save."""
+    raise UserError(f"stopped by signal {number}", code=130)
+
+
 class Signals:
-    """SIGTERM and SIGINT ask for a stop at the end of the step; a second one kills as usual."""
+    """SIGTERM and SIGINT ask for a stop at the end of the step; a second one kills as usual. `release` ends that."""
 
     def __init__(self):
         self.received = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.catch)
+        self.before = {number: signal.signal(number, self.catch) for number in STOP_SIGNALS}
+
+    def release(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def catch(self, number, _frame):
         self.received = number
@@ -736,8 +747,9 @@ class TokenStream:
     span for every rank.
     """
 
-    def __init__(self, shards: list[np.ndarray], rank: int, size: int, tokens: int, limit: int):
+    def __init__(self, shards: list[np.ndarray], rank: int, size: int, tokens: int, limit: int, vocab_size: int = 65536):
         self.shards, self.rank, self.size, self.tokens, self.limit, self.cursor = shards, rank, size, tokens, limit, 0
+        self.vocab_size = vocab_size
         self.ends = np.cumsum([len(s) for s in shards])
         if self.ends[-1] < size * (tokens + 1):
             raise UserError(f"the training shards hold {self.ends[-1]} tokens: one step needs {size * (tokens + 1)} "
@@ -758,6 +770,9 @@ class TokenStream:
         """This rank's next span (uint16 [tokens + 1]) and the cursor after it."""
         span = self.tokens + 1
         row = self.read(self.cursor + self.rank * span, span)
+        if int(row.max()) >= self.vocab_size:       # read_shard has looked at a sample only
+            raise UserError(f"the training shards have token id {row.max()} after token {self.cursor}: expected ids below "
+                            f"VOCAB_SIZE={self.vocab_size}")
         self.cursor += self.size * span
         return row, self.cursor
 
@@ -1965,8 +1980,8 @@ class Trainer:
         self.step, self.pending, self.last_loss = 0, None, float("nan")
 
     def stream(self) -> TokenStream:
-        world = self.run.world
-        return TokenStream(self.shards, world.rank, world.size, self.micro_tokens, self.run.config.train_seq_len)
+        c, world = self.run.config, self.run.world
+        return TokenStream(self.shards, world.rank, world.size, self.micro_tokens, c.train_seq_len, c.vocab_size)
 
     def take_step(self, batches: Prefetcher, loops: int, lr_mul: float):
         """Forward, backward and update; the results of the step before are checked while this one runs."""
@@ -2088,6 +2103,7 @@ class Trainer:
             elapsed = self.clock.read()
         finally:
             batches.close()
+            signals.release()
         if over:
             run.log(f"stopping_early: wallclock_cap train_time: {1000 * elapsed:.0f}ms step: {self.step}/{c.iterations}")
         run.ledger.charge("train", elapsed, "train")
@@ -4022,10 +4038,16 @@ def preflight(run: Run) -> Inputs:
         probe.unlink()
     except OSError as e:
         raise UserError(f"cannot write to {run.folder.resolve()}: {e.strerror}; set ARTIFACT_DIR") from None
-    if not (c.prequant_only or c.ttt_eval_only):
-        COMPRESSORS[c.compressor].probe()
-        if not packed_source():
-            import python_minifier  # noqa: F401  (needed at the end to count the code's bytes)
+    if c.resume and not (run.folder / "checkpoint.safetensors").is_file():
+        raise UserError(f"{run.folder / 'checkpoint.safetensors'} is missing: RESUME=1 needs the checkpoint of a stopped run")
+    try:
+        import safetensors  # noqa: F401  (needed at the end of training)
+        if not (c.prequant_only or c.ttt_eval_only):
+            COMPRESSORS[c.compressor].probe()
+            if not packed_source():
+                import python_minifier  # noqa: F401  (needed at the end to count the code's bytes)
+    except ImportError as e:
+        raise UserError(f"the package {e.name} is missing: pip install -r requirements.txt") from None
     return Inputs(shards, validation, paths + find_shards(c, "val"))
 
 
@@ -4297,6 +4319,8 @@ def pipeline(config: Config, world: World, log: Log):
 
 def main() -> int:
     world = log = config = None
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop_now)
     try:
         config, warnings = load_config(dict(os.environ))
         if config.config_check:
@@ -4309,10 +4333,11 @@ def main() -> int:
             log(line)
         pipeline(config, world, log)
     except UserError as e:
+        message = " ".join(str(e).splitlines())
         if log:
-            log(f"error: {e}")
+            log(f"error: {message}")
         elif os.environ.get("RANK", "0") == "0" or (config and not world):      # what every rank finds is said once
-            print(f"error: {e}", file=sys.stderr)
+            print(f"error: {message}", file=sys.stderr)
         return e.code
     finally:
         if world:

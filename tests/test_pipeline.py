@@ -20,10 +20,9 @@ import torch
 
 import train_gpt as tg
 
-# Matrices of this network go through GPTQ: the embedding has 384 x 192 elements, the others are above it too.
-# 20 steps of 2,048 tokens over 20,000 tokens of text with about 2.5 bits a byte to learn.
+# The embedding (384 x 192) and the MLPs (384 x 192) of this network are large enough for GPTQ.
 DEMO = dict(MODEL_DIM=192, NUM_HEADS=6, NUM_KV_HEADS=2, NUM_LAYERS=4, XSA_LAST_N=4, ROPE_DIMS=16, PARALLEL_START_LAYER=3, MLP_MULT=2,
-            ITERATIONS=60, TRAIN_BATCH_TOKENS=1024, TRAIN_SEQ_LEN=128, WARMDOWN_FRAC=0.5, EMA_DECAY=0.9, EVAL_SEQ_LEN=128,
+            ITERATIONS=40, TRAIN_BATCH_TOKENS=1024, TRAIN_SEQ_LEN=128, WARMDOWN_FRAC=0.5, EMA_DECAY=0.9, EVAL_SEQ_LEN=128,
             EVAL_STRIDE=64, VAL_BATCH_TOKENS=8192, SLIDING_WINDOW_ENABLED=1, GPTQ_CALIBRATION_BATCHES=4, COMPRESSOR="brotli",
             WARMUP_STEPS=1, MAX_WALLCLOCK_SECONDS=600, ENABLE_LOOPING_AT=0, MATRIX_CLIP_SIGMAS=12.85)
 ARTIFACT = "final_model.int6.pglf"
@@ -86,15 +85,14 @@ def test_the_log_tells_the_whole_run(demo):
     assert [line for line in log if line in set(lines)] == lines              # the console is a part of the file
     position = [next(i for i, line in enumerate(log) if line.startswith(start)) for start in (
         "Hyperparameters:", "version python:", "script sha256:", "input file:", "source_begin", "model_params:", "ledger stage:warmup",
-        "gptq:reserving", "1/60 train_loss:", "ledger stage:train ", "diagnostic pre-quantization", "GPTQ:collecting", "ledger stage:hessians",
+        "gptq:reserving", "1/40 train_loss:", "ledger stage:train ", "diagnostic pre-quantization", "GPTQ:collecting", "ledger stage:hessians",
         "ledger stage:gptq", "budget train ", "Serialized model quantized+brotli: ", "Total submission size quantized+brotli: ",
-        "ledger stage:unpack", "val_tokens scored:", "diagnostic quantized ", "quantized_sliding_window ", "budget eval ", "run_complete")
-        if start != "val_tokens scored:"]
+        "ledger stage:unpack", "diagnostic quantized ", "quantized_sliding_window ", "budget eval ", "run_complete")]
     assert position == sorted(position)
     assert not [line for line in log if line.startswith("budget_violation")]
     scored = [re.match(r"val_tokens scored:(\d+) total:(\d+)", line) for line in log if line.startswith("val_tokens")]
     assert len(scored) == 3 and all(m[1] == m[2] for m in scored)
-    assert len([line for line in log if "    blocks." in line and ".weight: " in line]) == 4 * 6
+    assert {"    tok_emb.weight: ", "    blocks.3.mlp.fc.weight: "} <= {line.rstrip(".0123456789") for line in log}     # the sigma table
 
 
 def test_the_sizes_are_those_of_the_files(demo):
@@ -124,11 +122,11 @@ def test_the_packed_script_runs_and_gives_the_same(demo):
     place = out.parent / "packed"
     place.mkdir()
     shutil.copy(out / "final_model.train_gpt.py", place / "train_gpt.py")
-    done = toy.script({**settings, "ARTIFACT_DIR": str(place / "out"), "MAX_WALLCLOCK_SECONDS": "0", "WARMUP_STEPS": "0"},
-                      place / "train_gpt.py", timeout=300, cwd=place)
-    assert done.returncode == 0, done.stderr[-3000:]
     # without a budget the schedule goes by steps: compare with the readable script under the same settings
-    readable = toy.script({**settings, "ARTIFACT_DIR": str(place / "out2"), "MAX_WALLCLOCK_SECONDS": "0", "WARMUP_STEPS": "0"}, timeout=300)
+    short = {**settings, "MAX_WALLCLOCK_SECONDS": "0", "WARMUP_STEPS": "0", "ITERATIONS": "3"}
+    done = toy.script({**short, "ARTIFACT_DIR": str(place / "out")}, place / "train_gpt.py", timeout=300, cwd=place)
+    assert done.returncode == 0, done.stderr[-3000:]
+    readable = toy.script({**short, "ARTIFACT_DIR": str(place / "out2")}, timeout=300)
     assert readable.returncode == 0
     labels = ("diagnostic pre-quantization post-ema", "diagnostic quantized", "quantized_sliding_window")
     for label in labels:
@@ -445,7 +443,7 @@ def test_a_kill_leaves_whole_files(settings, monkeypatch, capsys, tmp_path):
 
 def test_torchrun_on_two_processes(demo, toy_data, tmp_path):
     """The launcher's own command; one log, one artifact, the same score as on one process within float noise."""
-    settings = toy.data_env(toy_data, tmp_path / "out", **{**DEMO, "ITERATIONS": 6, "MAX_WALLCLOCK_SECONDS": 0, "WARMUP_STEPS": 0,
+    settings = toy.data_env(toy_data, tmp_path / "out", **{**DEMO, "ITERATIONS": 3, "MAX_WALLCLOCK_SECONDS": 0, "WARMUP_STEPS": 0,
                                                           "SLIDING_WINDOW_ENABLED": 0, "TRAIN_LOG_EVERY": 1, "GRAD_ACCUM_STEPS": 1})
     environment = {**toy.clean_environment(), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **settings}
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(toy.SCRIPT)],
