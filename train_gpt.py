@@ -2226,6 +2226,8 @@ def collect_sensitivity(run: Run, model: GPT, shards: list[np.ndarray], names: l
     can hide an error in directions that the inputs do not use. Sums over a batch's tokens are squared, so what a layer
     does in several passes and at several positions counts with its correlation.
     """
+    if not names:
+        return {}
     c, world = run.config, run.world
     tokens = min(FISHER_TOKENS, micro_batch(c, world.size)[1])
     stream = TokenStream(shards, world.rank, world.size, tokens, c.train_seq_len)
@@ -2620,8 +2622,9 @@ class Quantizer:
                                         Factor(*map(torch.stack, zip(*chosen))) if mine else None))
 
     def steps(self, batch: Batched, multiplier: float) -> Tensor:
-        """Steps of a multiplier: never finer than the rule's where that would cut weights off."""
-        steps = torch.maximum(batch.steps * multiplier, torch.minimum(batch.steps, batch.finest))
+        """Steps of a multiplier: never so fine that weights are cut off, unless the hand-set sigmas themselves do that."""
+        finest = batch.finest if self.c.clip_rule == "fisher" else torch.minimum(batch.steps, batch.finest)
+        steps = torch.maximum(batch.steps * multiplier, finest)
         return snap_steps(steps, batch.w, batch.bits, self.c.step_grid)
 
     def estimate(self, multiplier: float) -> float:

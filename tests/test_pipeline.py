@@ -22,7 +22,7 @@ import train_gpt as tg
 
 # The embedding (384 x 192) and the MLPs (384 x 192) of this network are large enough for GPTQ.
 DEMO = dict(MODEL_DIM=192, NUM_HEADS=6, NUM_KV_HEADS=2, NUM_LAYERS=4, XSA_LAST_N=4, ROPE_DIMS=16, PARALLEL_START_LAYER=3, MLP_MULT=2,
-            ITERATIONS=40, TRAIN_BATCH_TOKENS=1024, TRAIN_SEQ_LEN=128, WARMDOWN_FRAC=0.5, EMA_DECAY=0.9, EVAL_SEQ_LEN=128,
+            ITERATIONS=16, TRAIN_BATCH_TOKENS=1024, TRAIN_SEQ_LEN=128, WARMDOWN_FRAC=0.5, EMA_DECAY=0.9, EVAL_SEQ_LEN=128,
             EVAL_STRIDE=64, VAL_BATCH_TOKENS=8192, SLIDING_WINDOW_ENABLED=1, GPTQ_CALIBRATION_BATCHES=4, COMPRESSOR="brotli",
             WARMUP_STEPS=1, MAX_WALLCLOCK_SECONDS=600, ENABLE_LOOPING_AT=0, MATRIX_CLIP_SIGMAS=12.85)
 ARTIFACT = "final_model.int6.pglf"
@@ -85,7 +85,7 @@ def test_the_log_tells_the_whole_run(demo):
     assert [line for line in log if line in set(lines)] == lines              # the console is a part of the file
     position = [next(i for i, line in enumerate(log) if line.startswith(start)) for start in (
         "Hyperparameters:", "version python:", "script sha256:", "input file:", "source_begin", "model_params:", "ledger stage:warmup",
-        "gptq:reserving", "1/40 train_loss:", "ledger stage:train ", "diagnostic pre-quantization", "GPTQ:collecting", "ledger stage:hessians",
+        "gptq:reserving", "1/16 train_loss:", "ledger stage:train ", "diagnostic pre-quantization", "GPTQ:collecting", "ledger stage:hessians",
         "ledger stage:gptq", "budget train ", "Serialized model quantized+brotli: ", "Total submission size quantized+brotli: ",
         "ledger stage:unpack", "diagnostic quantized ", "quantized_sliding_window ", "budget eval ", "run_complete")]
     assert position == sorted(position)
