@@ -166,6 +166,7 @@ class Config:
     fisher_batches: int = knob(128, "small training batches for the squared gradients", at_least=2)
     fisher_row_power: float = knob(0.5, "step ~ sensitivity ^ -this between the rows of a tensor", at_least=0, at_most=1)
     fisher_tensor_power: float = knob(0.5, "the same between tensors", at_least=0, at_most=1)
+    fisher_coarsest: float = knob(2.0, "largest step, in hand-set steps: gradients speak of small errors", above=0)
     fisher_hessian: float = knob(0.0, "share of the squared gradients in the Hessians of GPTQ", at_least=0, at_most=1)
     target_bytes: int = knob(CAP_BYTES, "code + model end just under this; 0: fixed clips", at_least=0, at_most=CAP_BYTES)
     step_grid: int = knob(8, "steps on a grid of so many parts of an octave; 0: any float16", at_least=0, at_most=16)
@@ -2476,7 +2477,6 @@ def neighbours_mean(values: Tensor, rank_by: Tensor, width: int = 65) -> Tensor:
     return torch.empty_like(values).index_copy_(0, order, F.avg_pool1d(padded, width, 1)[0, 0])
 
 
-COARSEST = 2.0          # times the hand-set sigma
 EXTREME = 1e5           # more than this far from the usual is a row or tensor that training has not reached
 
 
@@ -2505,8 +2505,8 @@ def fisher_rule(names: list[str], known: Calibration, c: Config) -> dict[str, Cl
         excess += (logs[name].mean().item() - hand) * w.numel()
         logs[name] += math.log(largest(getattr(c, role_of(name).bits)) * (getattr(c, f"clip_mult_{group}") if group else 1))
         size += w.numel()
-    # gradients speak of small errors: what they think useless is still worth half the hand-set precision
-    logs = {name: (x - excess / size).clamp(max=math.log(COARSEST * clips[name].sigma)) for name, x in logs.items()}
+    # a rare token's logit that loses its few bits is a large error, which no gradient foretells: hence the cap
+    logs = {name: (x - excess / size).clamp(max=math.log(c.fisher_coarsest * clips[name].sigma)) for name, x in logs.items()}
     return clips | {name: Clip(x.mean().exp().item(), (x - x.mean()).exp().float()) for name, x in logs.items()}
 
 

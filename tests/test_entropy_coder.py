@@ -7,11 +7,12 @@ from decimal import Decimal
 
 import numpy as np
 import pytest
-import toy
 import torch
-import train_gpt as tg
+import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import train_gpt as tg
 
 
 def ints(rows, columns, seed=0, spread=0.0, bits=6, deviation=2.5, grid=8):

@@ -7,8 +7,9 @@ import stat
 import numpy as np
 import pytest
 import test_entropy_coder as coder
-import toy
 import torch
+import toy
+
 import train_gpt as tg
 
 needs_lrzip = pytest.mark.skipif(not shutil.which("lrzip"), reason="needs lrzip")

@@ -2,8 +2,9 @@
 
 import pytest
 import test_quantize_rules as rules
-import toy
 import torch
+import toy
+
 import train_gpt as tg
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import test_quantize_rules as rules
 import toy
+
 import train_gpt as tg
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "hessian_report.py"
