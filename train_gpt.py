@@ -76,6 +76,7 @@ def knob(default, meaning: str = "", **limits):
 
 @dataclass(frozen=True)
 class Config:
+    """All settings; `CONFIG_CHECK=1` prints them."""
     # where things are
     data_dir: str = knob("./data", "folder of datasets/ and tokenizers/")
     data_path: str = knob("", "folder of the shards; empty: DATA_DIR/datasets/fineweb10B_sp<VOCAB_SIZE>[_caseops]")
@@ -315,6 +316,7 @@ CONTRADICTIONS: list[tuple[Callable[[Config], bool], str]] = [
      "EVAL_STRIDE={eval_stride} must be at most EVAL_SEQ_LEN={eval_seq_len}: windows would miss tokens"),
     (lambda c: c.ttt_protocol == "cached" and c.ttt_chunk_size + c.ttt_live_tokens > c.ttt_eval_seq_len,
      "TTT_CHUNK_SIZE={ttt_chunk_size} and TTT_LIVE_TOKENS={ttt_live_tokens} exceed TTT_EVAL_SEQ_LEN={ttt_eval_seq_len} together"),
+    (lambda c: max(c.ttt_beta1, c.ttt_beta2) >= 1, "TTT_BETA1={ttt_beta1} and TTT_BETA2={ttt_beta2} must be below 1"),
     (lambda c: c.ttt_chunk_size > c.ttt_eval_seq_len,
      "TTT_CHUNK_SIZE={ttt_chunk_size} exceeds TTT_EVAL_SEQ_LEN={ttt_eval_seq_len}"),
     (lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
@@ -607,13 +609,24 @@ def check_same_model(path: Path, saved: dict, config: Config):
             raise UserError(f"{path} was made with {name.upper()}={saved[name]}, this run has {value}: use the same settings")
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def stop_now(number, _frame):
+    """Signal handler outside the training loop: there is nothing to save."""
+    raise UserError(f"stopped by signal {number}", code=130)
+
+
 class Signals:
-    """SIGTERM and SIGINT ask for a stop at the end of the step; a second one kills as usual."""
+    """SIGTERM and SIGINT ask for a stop at the end of the step; a second one kills as usual. `release` ends that."""
 
     def __init__(self):
         self.received = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.catch)
+        self.before = {number: signal.signal(number, self.catch) for number in STOP_SIGNALS}
+
+    def release(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def catch(self, number, _frame):
         self.received = number
@@ -659,16 +672,16 @@ HEADER_BYTES, MAGIC, VERSION = 1024, 20240520, 1
 PAD_SEGMENTS = 64                           # cu_seqlens is padded to a multiple of this: few lengths
 
 
-def find_shards(config: Config, split: str, kind: str = "") -> list[Path]:
+def find_shards(config: Config, split: str) -> list[Path]:
     """Shards of a split ("train", "val") in name order; raises UserError naming the command that makes them."""
     folder = Path(config.data_path)
     variant = "caseops" if config.caseops_enabled else f"sp{config.vocab_size}"
     hint = f"run `python data/sample.py` for the sample or `python data/download.py --variant {variant}`, or set DATA_PATH"
     if not folder.is_dir():
         raise UserError(f"data folder {folder} is missing: {hint}")
-    paths = sorted(folder.glob(f"fineweb_{split}_{kind}[0-9]*.bin"))
+    paths = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
     if not paths:
-        raise UserError(f"no fineweb_{split}_{kind}*.bin in {folder}: {hint}")
+        raise UserError(f"no fineweb_{split}_*.bin in {folder}: {hint}")
     return paths
 
 
@@ -735,8 +748,9 @@ class TokenStream:
     span for every rank.
     """
 
-    def __init__(self, shards: list[np.ndarray], rank: int, size: int, tokens: int, limit: int):
+    def __init__(self, shards: list[np.ndarray], rank: int, size: int, tokens: int, limit: int, vocab_size: int = 65536):
         self.shards, self.rank, self.size, self.tokens, self.limit, self.cursor = shards, rank, size, tokens, limit, 0
+        self.vocab_size = vocab_size
         self.ends = np.cumsum([len(s) for s in shards])
         if self.ends[-1] < size * (tokens + 1):
             raise UserError(f"the training shards hold {self.ends[-1]} tokens: one step needs {size * (tokens + 1)} "
@@ -757,6 +771,9 @@ class TokenStream:
         """This rank's next span (uint16 [tokens + 1]) and the cursor after it."""
         span = self.tokens + 1
         row = self.read(self.cursor + self.rank * span, span)
+        if int(row.max()) >= self.vocab_size:       # read_shard has looked at a sample only
+            raise UserError(f"the training shards have token id {row.max()} after token {self.cursor}: expected ids below "
+                            f"VOCAB_SIZE={self.vocab_size}")
         self.cursor += self.size * span
         return row, self.cursor
 
@@ -880,17 +897,23 @@ def check_byte_counts(tokens: np.ndarray, counts: np.ndarray, tokenizer, documen
 
 def load_validation(config: Config, log: Log) -> Validation:
     """All validation tokens with their bytes; raises UserError on anything that would give a wrong score."""
-    tokens = np.concatenate([read_shard(p, config.vocab_size, sample=False) for p in find_shards(config, "val")])
+    shards = {p: read_shard(p, config.vocab_size, sample=False) for p in find_shards(config, "val")}
+    tokens = np.concatenate(list(shards.values()))
     if len(tokens) < 2:
         raise UserError(f"the validation shards in {config.data_path} hold {len(tokens)} token: expected at least 2")
     if not (tokens == BOS).any():
         raise UserError(f"the validation shards in {config.data_path} have no BOS (token {BOS}): expected one before every document")
     tokenizer = load_tokenizer(config)
     if config.caseops_enabled:
-        counts = np.concatenate([read_shard(p, 65536) for p in find_shards(config, "val", "bytes_")]).astype(np.int64)
-        if len(counts) != len(tokens):
-            raise UserError(f"the byte sidecar in {config.data_path} has {len(counts)} entries: "
-                            f"expected one for each of {len(tokens)} tokens")
+        parts = []
+        for path, shard in shards.items():
+            sidecar = path.with_name(path.name.replace("val_", "val_bytes_"))
+            if not sidecar.is_file():
+                raise UserError(f"byte sidecar {sidecar} is missing: CASEOPS_ENABLED=1 expects one beside every validation shard")
+            parts.append(read_shard(sidecar, 65536))
+            if len(parts[-1]) != len(shard):
+                raise UserError(f"byte sidecar {sidecar} has {len(parts[-1])} entries: expected one for each of {len(shard)} tokens")
+        counts = np.concatenate(parts).astype(np.int64)
     else:
         counts = count_bytes(tokens, token_byte_table(tokenizer))
         log(f"byte_check documents:{check_byte_counts(tokens, counts, tokenizer)} equal to their text")
@@ -1214,14 +1237,14 @@ BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 
 
 class LoRA(NamedTuple):
-    """Low-rank adapter per batch row: x [B, T, I] -> y + scale * x A^T B^T, with a [B, R, I], b [B, O, R]."""
+    """Low-rank adapter per batch row: x [B, T, I] -> (y +) scale * x A^T B^T, with a [B, R, I], b [B, O, R]."""
     a: Tensor
     b: Tensor
     scale: float
 
-    def __call__(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
-        low = torch.bmm(x_BTI, self.a.to(x_BTI.dtype).transpose(1, 2))
-        return torch.baddbmm(y_BTO, low, self.b.to(x_BTI.dtype).transpose(1, 2), alpha=self.scale)
+    def __call__(self, x_BTI: Tensor, y_BTO: Tensor | None = None) -> Tensor:
+        low, up = torch.bmm(x_BTI, self.a.to(x_BTI.dtype).mT), self.b.to(x_BTI.dtype).mT
+        return torch.bmm(low, up) * self.scale if y_BTO is None else torch.baddbmm(y_BTO, low, up, alpha=self.scale)
 
 
 class PassAdapters(NamedTuple):
@@ -1584,9 +1607,9 @@ class GPT(nn.Module):
         SmearGate), which gives no output.
         """
         c, start = self.config, cache.position if cache else 0
-        compiled = self.compiled and not tap and not (cache and start == 0 or adapters and len(ids_BT) == 1)    # not for sizes 0, 1
+        compiled = self.runs_compiled(ids_BT, adapters, tap) and not (cache and start == 0)     # an empty past: its own graphs
         run = self.block if compiled else block
-        flexible = mark_flexible if compiled and adapters else lambda *tensors: None
+        flexible = mark_flexible if self.compiled and adapters else lambda *tensors: None
         flexible(ids_BT, *(t for lora in adapters_of(adapters) for t in lora[:2]))
         x = (self.embed if compiled else embed)(ids_BT, self.tok_emb, self.smear_gate, self.smear_lambda, self.dtype,
                                                 segments.fresh if segments else None)
@@ -1619,6 +1642,10 @@ class GPT(nn.Module):
             x = {"mean": (x + lane) / 2, "attn": x, "mlp": lane}[c.parallel_final_lane]
         return x
 
+    def runs_compiled(self, ids_BT: Tensor, adapters: Adapters | None, tap) -> bool:
+        """Taps never; a single row with adapters neither: to the compiler a size of one is another program."""
+        return self.compiled and not tap and not (adapters and len(ids_BT) == 1)
+
     def losses(self, ids_BT: Tensor, targets_BC: Tensor, segments=None, loops=None, adapters=None, tap=None, cache=None,
                at_BC: Tensor | None = None) -> Tensor:
         """Cross-entropy in nats of every target, float32 [B, C]: of all positions, or of those that at_BC names.
@@ -1629,7 +1656,7 @@ class GPT(nn.Module):
         if at_BC is not None:
             x = x.gather(1, at_BC[..., None].expand(-1, -1, x.shape[2]))
         weight = (self.tok_emb if self.lm_head is None else self.lm_head).to(self.dtype)
-        run = self.head_losses if self.compiled and not tap else head_losses
+        run = self.head_losses if self.runs_compiled(ids_BT, adapters, tap) else head_losses
         head, caps = (adapters.head, adapters.caps) if adapters else (None, None)
         if self.compiled and adapters:
             mark_flexible(x, targets_BC)
@@ -1954,8 +1981,8 @@ class Trainer:
         self.step, self.pending, self.last_loss = 0, None, float("nan")
 
     def stream(self) -> TokenStream:
-        world = self.run.world
-        return TokenStream(self.shards, world.rank, world.size, self.micro_tokens, self.run.config.train_seq_len)
+        c, world = self.run.config, self.run.world
+        return TokenStream(self.shards, world.rank, world.size, self.micro_tokens, c.train_seq_len, c.vocab_size)
 
     def take_step(self, batches: Prefetcher, loops: int, lr_mul: float):
         """Forward, backward and update; the results of the step before are checked while this one runs."""
@@ -2077,6 +2104,7 @@ class Trainer:
             elapsed = self.clock.read()
         finally:
             batches.close()
+            signals.release()
         if over:
             run.log(f"stopping_early: wallclock_cap train_time: {1000 * elapsed:.0f}ms step: {self.step}/{c.iterations}")
         run.ledger.charge("train", elapsed, "train")
@@ -3102,6 +3130,7 @@ def encode_pergroup(coded: dict[str, IntTensor | HalfTensor], folder: Path) -> d
 
 
 def decode_pergroup(streams: dict[str, bytes], specs: list[Spec], folder: Path) -> dict[str, IntTensor | HalfTensor]:
+    """Inverse of encode_pergroup; raises ValueError on streams that do not fit the specs."""
     groups, rest = pergroup_layout(specs)
     ints, halves = flat_sizes(rest)
     out = unflatten_codes(decompress_brotli(streams["rest"], ints + 2 * halves), rest)
@@ -3211,6 +3240,11 @@ def read_artifact(path: Path, config: Config) -> dict[str, IntTensor | HalfTenso
         raise UserError(f"artifact {path} cannot be read: {e.strerror}; run training or QUANTIZE_ONLY=1 first") from None
     header, streams = read_artifact_header(data, path)
     check_same_model(path, header["model"], config)
+    return decode_checked(header, streams, path)
+
+
+def decode_checked(header: dict, streams: dict[str, bytes], path: Path) -> dict[str, IntTensor | HalfTensor]:
+    """What read_artifact_header returned -> codes; whatever a decoder finds wrong is a UserError."""
     if header["compressor"] not in COMPRESSORS:
         raise UserError(f"artifact {path} is packed with {header['compressor']}: expected one of {', '.join(COMPRESSORS)}")
     try:
@@ -4008,10 +4042,16 @@ def preflight(run: Run) -> Inputs:
         probe.unlink()
     except OSError as e:
         raise UserError(f"cannot write to {run.folder.resolve()}: {e.strerror}; set ARTIFACT_DIR") from None
-    if not (c.prequant_only or c.ttt_eval_only):
-        COMPRESSORS[c.compressor].probe()
-        if not packed_source():
-            import python_minifier  # noqa: F401  (needed at the end to count the code's bytes)
+    if c.resume and not (run.folder / "checkpoint.safetensors").is_file():
+        raise UserError(f"{run.folder / 'checkpoint.safetensors'} is missing: RESUME=1 needs the checkpoint of a stopped run")
+    try:
+        import safetensors  # noqa: F401  (needed at the end of training)
+        if not (c.prequant_only or c.ttt_eval_only):
+            COMPRESSORS[c.compressor].probe()
+            if not packed_source():
+                import python_minifier  # noqa: F401  (needed at the end to count the code's bytes)
+    except ImportError as e:
+        raise UserError(f"the package {e.name} is missing: pip install -r requirements.txt") from None
     return Inputs(shards, validation, paths + find_shards(c, "val"))
 
 
@@ -4283,6 +4323,8 @@ def pipeline(config: Config, world: World, log: Log):
 
 def main() -> int:
     world = log = config = None
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop_now)
     try:
         config, warnings = load_config(dict(os.environ))
         if config.config_check:
@@ -4295,10 +4337,11 @@ def main() -> int:
             log(line)
         pipeline(config, world, log)
     except UserError as e:
+        message = " ".join(str(e).splitlines())
         if log:
-            log(f"error: {e}")
+            log(f"error: {message}")
         elif os.environ.get("RANK", "0") == "0" or (config and not world):      # what every rank finds is said once
-            print(f"error: {e}", file=sys.stderr)
+            print(f"error: {message}", file=sys.stderr)
         return e.code
     finally:
         if world:

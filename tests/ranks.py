@@ -16,8 +16,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import numpy as np
 import torch
 import torch._dynamo  # noqa: F401  (AdamW loads it on its first step: once here, not in every child)
-
 import toy
+
 import train_gpt as tg
 
 SPANS, TOKENS, STEPS = 12, 16, 5

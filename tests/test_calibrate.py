@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import reference
-import toy
 import torch
+import toy
+
 import train_gpt as tg
 
 

@@ -5,9 +5,10 @@ import random
 
 import pytest
 import toy
-import train_gpt as tg
 from hypothesis import given
 from hypothesis import strategies as st
+
+import train_gpt as tg
 
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(tg.Config)}
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import reference
 import toy
-import train_gpt as tg
 from hypothesis import given
 from hypothesis import strategies as st
+
+import train_gpt as tg
 
 # ---------------------------------------------------------------------------------------------------------------- shards
 
@@ -215,8 +216,10 @@ def test_batch_is_shifted_by_one():
 # Between any two documents everything that has fooled byte counting: emoji with joiners, CJK, tabs, runs of spaces,
 # spaces at both ends, newlines, combining marks, and characters that only byte pieces can spell.
 TEXTS = [
-    "plain words only", "a", "two  spaces   and    more", "\ttabs\t\tinside\t", "line\nbreaks\r\n\n", "emoji \U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 end",
-    "\u4f60\u597d\uff0c\u4e16\u754c \u6771\u4eac", "caf\u00e9 na\u00efve e\u0301", " space first", "space last ", "   ", "\u0000null", "mixed \u4f60 \t \U0001f680  x", "\ufb01\u00bd\u2126",
+    "plain words only", "a", "two  spaces   and    more", "\ttabs\t\tinside\t", "line\nbreaks\r\n\n",
+    "emoji \U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 end",
+    "\u4f60\u597d\uff0c\u4e16\u754c \u6771\u4eac", "caf\u00e9 na\u00efve e\u0301", " space first", "space last ", "   ", "\u0000null",
+    "mixed \u4f60 \t \U0001f680  x", "\ufb01\u00bd\u2126",
 ]
 
 
@@ -312,7 +315,8 @@ def test_validation_of_one_token(toy_data, tmp_path):
         tg.load_validation(config_of(tmp_path), toy.ListLog())
 
 
-@pytest.mark.parametrize("content, words", [(None, "missing"), (b"", "not a SentencePiece model"), (b"rubbish" * 50, "not a SentencePiece model")])
+@pytest.mark.parametrize("content, words", [(None, "missing"), (b"", "not a SentencePiece model"),
+                                            (b"rubbish" * 50, "not a SentencePiece model")])
 def test_bad_tokenizers(toy_data, tmp_path, content, words):
     if content is not None:
         (tmp_path / "t.model").write_bytes(content)

@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import reference
-import toy
 import torch
-import train_gpt as tg
+import toy
 from hypothesis import given
 from hypothesis import strategies as st
+
+import train_gpt as tg
 
 
 def documents(lengths, seed=0, first=True):

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
-import toy
 import torch
+import toy
+
 import train_gpt as tg
 
 # Odd sizes everywhere: no power of two, one row, vocabularies above and below one block of the kernel.
@@ -158,8 +159,8 @@ def interpret():
 @pytest.mark.skipif(tg.triton is None, reason="Triton is not installed")
 def test_triton_kernels_equal_float64_under_the_interpreter():
     """TRITON_INTERPRET must be set before triton is loaded, hence a process."""
-    code = "import sys; sys.path[:0] = [%r, %r]; import test_kernels; test_kernels.interpret()" % (
-        str(toy.SCRIPT.parent), str(Path(__file__).parent))
+    folders = [str(toy.SCRIPT.parent), str(Path(__file__).parent)]
+    code = f"import sys; sys.path[:0] = {folders!r}; import test_kernels; test_kernels.interpret()"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import reference
-import toy
 import torch
+import toy
+
 import train_gpt as tg
 
 # Every switch of the network, one or two at a time. (name -> settings over toy.NETWORK)

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-import toy
 import torch
+import toy
+
 import train_gpt as tg
 
 SHAPES = [(3, 24, 24), (2, 16, 40), (2, 40, 16), (1, 1, 7), (1, 7, 1)]

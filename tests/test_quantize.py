@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import reference
-import toy
 import torch
+import toy
+
 import train_gpt as tg
 
 
@@ -45,7 +46,8 @@ def test_gptq_equals_the_slow_reference(n, rows, columns, bits):
     for i in range(n):
         slow = reference.gptq(w[i].numpy(), h[i].numpy(), step[i].double().numpy(), tg.largest(bits))
         assert (q[i].numpy() != slow).mean() < 0.01
-        a, b = (weighted(w[i: i + 1], torch.from_numpy(np.asarray(x))[None], step[i: i + 1], h[i: i + 1]).item() for x in (q[i].numpy(), slow))
+        one = slice(i, i + 1)
+        a, b = (weighted(w[one], x[None], step[one], h[one]).item() for x in (q[i], torch.from_numpy(slow)))
         assert a == pytest.approx(b, rel=0.01)
 
 
@@ -160,9 +162,10 @@ def test_a_constant_row_has_a_usable_step():
     assert (step > 0).all() and torch.isfinite(step.float()).all()
 
 
-@pytest.mark.parametrize("name, group", [("blocks.0.attn.c_q.weight", "early"), ("blocks.2.mlp.fc.weight", "early"), ("blocks.3.attn.proj.weight", "loop"),
-                                         ("blocks.5.mlp.proj.weight", "loop"), ("blocks.6.attn.c_k.weight", "mid"), ("blocks.8.mlp.fc.weight", "late"),
-                                         ("blocks.10.attn.c_v.weight", "late"), ("tok_emb.weight", "")])
+@pytest.mark.parametrize("name, group", [
+    ("blocks.0.attn.c_q.weight", "early"), ("blocks.2.mlp.fc.weight", "early"), ("blocks.3.attn.proj.weight", "loop"),
+    ("blocks.5.mlp.proj.weight", "loop"), ("blocks.6.attn.c_k.weight", "mid"), ("blocks.8.mlp.fc.weight", "late"),
+    ("blocks.10.attn.c_v.weight", "late"), ("tok_emb.weight", "")])
 def test_clip_sigmas_by_role_and_group(name, group):
     c, _ = tg.load_config(dict(CLIP_MULT_EARLY="2", CLIP_MULT_LOOP="3", CLIP_MULT_MID="5", CLIP_MULT_LATE="7", ATTN_CLIP_SIGMAS="13",
                                MLP_CLIP_SIGMAS="11", EMBED_CLIP_SIGMAS="17"))
@@ -222,7 +225,8 @@ def test_gate_rows_are_int8(monkeypatch):
 
 def test_quantised_weights_are_near_and_losses_too(monkeypatch):
     """At 8 bits everything is within half a step in the Hessian's sense, and the network's losses barely move."""
-    coded, weights, hessians, run = quantised(monkeypatch, MATRIX_BITS=8, EMBED_BITS=8, ATTN_CLIP_SIGMAS=5, MLP_CLIP_SIGMAS=5, EMBED_CLIP_SIGMAS=5)
+    fine = dict(MATRIX_BITS=8, EMBED_BITS=8, ATTN_CLIP_SIGMAS=5, MLP_CLIP_SIGMAS=5, EMBED_CLIP_SIGMAS=5)
+    coded, weights, hessians, run = quantised(monkeypatch, **fine)
     c = run.config
     a, b = toy.model(c), toy.model(c)
     tg.import_weights(b, {n: t.decode() for n, t in coded.items()})

@@ -9,11 +9,12 @@ import signal
 import time
 
 import pytest
-import toy
 import torch
-import train_gpt as tg
+import toy
 from hypothesis import given
 from hypothesis import strategies as st
+
+import train_gpt as tg
 
 # ----------------------------------------------------------------------------------------------------------------- files
 

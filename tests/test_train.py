@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import toy
 import torch
+import toy
+
 import train_gpt as tg
 
 SHARDS = [toy.row(700, range(0, 700, 23), 1), toy.row(300, range(0, 300, 31), 2)]
