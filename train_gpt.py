@@ -3029,6 +3029,20 @@ def code_steps(coder: SymbolCoder, steps: np.ndarray | None, count: int) -> np.n
     return on_grid(coder.integers(None if steps is None else grid_index(steps, grid), count), grid)
 
 
+def code_rows(coder: SymbolCoder, rows: list[np.ndarray] | None, steps: list[np.ndarray]) -> np.ndarray:
+    """Scales of the rows of one role, as they are or times their steps (rows of weights differ less than rows of integers
+    where steps follow the loss): whichever takes fewer bits. The second needs steps on a grid of COARSE."""
+    places = [grid_index(step, COARSE) for step in steps]
+    exact = all((on_grid(p, COARSE) == step).all() for p, step in zip(places, steps))
+    shift = np.concatenate([p - np.sort(p)[len(p) // 2] for p in places])
+    plain = None if rows is None else np.concatenate(rows)
+    bits = lambda values: entropy_bits(np.bincount(values - values.min()))
+    times = exact and coder.number(None if plain is None else int(bits(plain + shift) < bits(plain)))
+    if not times:
+        return coder.integers(plain, len(shift))
+    return coder.integers(None if plain is None else plain + shift, len(shift)) - shift
+
+
 def code_all(coder: SymbolCoder, specs: list[Spec], coded: dict[str, IntTensor | HalfTensor] | None) -> dict[str, IntTensor | HalfTensor]:
     """Everything, role by role. Writing: `coded` goes out; reading: coded is None and comes back."""
     out, groups = {}, {}
@@ -3047,7 +3061,7 @@ def code_all(coder: SymbolCoder, specs: list[Spec], coded: dict[str, IntTensor |
         matrices = [t.q.numpy().reshape(len(t.step), -1) for t in given] if given else [None] * len(group)
         scales = [measure_scales(q) for q in matrices] if given else None
         whole = coder.integers(together([s.whole for s in scales]) if scales else None, len(group))
-        rows = split(coder.integers(together([s.rows for s in scales]) if scales else None, sum(sizes)), sizes)
+        rows = split(code_rows(coder, [s.rows for s in scales] if scales else None, steps), sizes)
         widths = [math.prod(s.shape) // s.halves for s in group]
         columns = split(coder.integers(together([s.columns for s in scales]) if scales else None, sum(widths)), widths)
         for spec, q, step, *scale in zip(group, matrices, steps, whole, rows, columns):
@@ -4159,7 +4173,6 @@ def blend_hessians(hessians: dict[str, Tensor], sensitivity: dict[str, Sensitivi
 
 
 MULTIPLIERS = (-6.0, 8.0)           # of all steps, log2
-REST_BYTES = 80_000                 # a first guess of what is not an integer
 
 
 class Packed(NamedTuple):
@@ -4196,7 +4209,8 @@ def fit_bytes(run: Run, quantizer: Quantizer, code_bytes: int) -> Packed:
         return a if a == MULTIPLIERS[0] else b
 
     best, (low, high) = None, MULTIPLIERS
-    at = solve(code_bytes + REST_BYTES) if target else 0.0
+    floats = sum(t.numel() for name, t in quantizer.known.weights.items() if name not in quantizer.bits)
+    at = solve(code_bytes + 1.2 * floats + 0.01 * quantizer.estimate(1.0)) if target else 0.0       # a first guess of the rest
     for attempt in range(1, 11):
         packed = make(at)
         if not target:
