@@ -16,4 +16,4 @@ plot=$ARTIFACT_DIR/$RUN_ID.png
 .venv/bin/python tools/plot_log.py "$log" -o "$plot" > /dev/null
 echo
 .venv/bin/python tools/parse_log.py "$log"
-printf '\n%-10s %s\n' log "$log" artifact "$(ls "$ARTIFACT_DIR"/final_model.int*)" script "$ARTIFACT_DIR/final_model.train_gpt.py" plot "$plot"
+printf '%-26s %s\n' log "$log" artifact "$(ls "$ARTIFACT_DIR"/final_model.int*)" script "$ARTIFACT_DIR/final_model.train_gpt.py" plot "$plot"

@@ -167,9 +167,10 @@ class Config:
     fisher_batches: int = knob(128, "small training batches for the squared gradients", at_least=2)
     fisher_row_power: float = knob(0.5, "step ~ sensitivity ^ -this between the rows of a tensor", at_least=0, at_most=1)
     fisher_tensor_power: float = knob(0.5, "the same between tensors", at_least=0, at_most=1)
+    fisher_coarsest: float = knob(2.0, "largest step, in hand-set steps: gradients speak of small errors", above=0)
     fisher_hessian: float = knob(0.0, "share of the squared gradients in the Hessians of GPTQ", at_least=0, at_most=1)
     target_bytes: int = knob(CAP_BYTES, "code + model end just under this; 0: fixed clips", at_least=0, at_most=CAP_BYTES)
-    step_grid: int = knob(8, "steps on a grid of so many parts of an octave; 0: any float16", choices=(0, 1, 2, 4, 8, 16))
+    step_grid: int = knob(8, "steps on a grid of so many parts of an octave; 0: any float16", at_least=0, at_most=16)
     small_mantissa_bits: int = knob(7, "mantissa bits kept of the tensors stored as float16 (10: all)", at_least=2, at_most=10)
     mixed_precision_hessian: bool = knob(False, "bits by Hessian sensitivity (PR 1962: a negative result)")
     mixed_precision_bits_low: int = knob(5, "bits of the least sensitive", at_least=2, at_most=8)
@@ -2526,14 +2527,16 @@ def fisher_rule(names: list[str], known: Calibration, c: Config) -> dict[str, Cl
         if known.counts is not None and len(known.counts) == len(w):
             prior = neighbours_mean(seen.mean(0), known.counts.to(w.device))
         rows = (steady(seen, prior.clamp_min(mean / EXTREME)) / mean).clamp_min(1 / EXTREME).log()
-        spread = w.std(dim=1).clamp_min(1e-12)
+        spread = w.std(dim=1)
+        spread = spread.clamp_min(0.01 * spread.mean().item() + 1e-12)
         logs[name] = -c.fisher_tensor_power * (mean / w.shape[1]).log() - c.fisher_row_power * rows - spread.log()
         group = layer_group(name, c)
         hand = math.log(getattr(c, role_of(name).clip) / largest(getattr(c, role_of(name).bits)))
         excess += (logs[name].mean().item() - hand) * w.numel()
         logs[name] += math.log(largest(getattr(c, role_of(name).bits)) * (getattr(c, f"clip_mult_{group}") if group else 1))
         size += w.numel()
-    logs = {name: x - excess / size for name, x in logs.items()}
+    # a rare token's logit that loses its few bits is a large error, which no gradient foretells: hence the cap
+    logs = {name: (x - excess / size).clamp(max=math.log(c.fisher_coarsest * clips[name].sigma)) for name, x in logs.items()}
     return clips | {name: Clip(x.mean().exp().item(), (x - x.mean()).exp().float()) for name, x in logs.items()}
 
 
@@ -2622,9 +2625,9 @@ class Quantizer:
                                         Factor(*map(torch.stack, zip(*chosen))) if mine else None))
 
     def steps(self, batch: Batched, multiplier: float) -> Tensor:
-        """Steps of a multiplier: never so fine that weights are cut off, unless the hand-set sigmas themselves do that."""
-        finest = batch.finest if self.c.clip_rule == "fisher" else torch.minimum(batch.steps, batch.finest)
-        steps = torch.maximum(batch.steps * multiplier, finest)
+        """Steps of a multiplier: not so fine that weights are cut off, unless hand-set sigmas ask for it."""
+        floor = batch.finest if self.c.clip_rule == "fisher" else torch.minimum(batch.steps, batch.finest)
+        steps = torch.maximum(batch.steps * multiplier, floor)
         return snap_steps(steps, batch.w, batch.bits, self.c.step_grid)
 
     def estimate(self, multiplier: float) -> float:
@@ -3019,11 +3022,25 @@ def code_halves(coder: SymbolCoder, values: np.ndarray | None, count: int) -> np
 
 def code_steps(coder: SymbolCoder, steps: np.ndarray | None, count: int) -> np.ndarray:
     """float16 steps of one role: places on the grid of STEP_GRID parts of an octave where all lie on it, else halves."""
-    grid = None if steps is None else next((g for g in (1, 2, 4, 8, 16) if (on_grid(grid_index(steps, g), g) == steps).all()), 0)
+    grid = None if steps is None else next((g for g in range(1, 17) if (on_grid(grid_index(steps, g), g) == steps).all()), 0)
     grid = coder.number(grid)
     if not grid:
         return code_halves(coder, steps, count)
     return on_grid(coder.integers(None if steps is None else grid_index(steps, grid), count), grid)
+
+
+def code_rows(coder: SymbolCoder, rows: list[np.ndarray] | None, steps: list[np.ndarray]) -> np.ndarray:
+    """Scales of the rows of one role, as they are or times their steps (rows of weights differ less than rows of integers
+    where steps follow the loss): whichever takes fewer bits. The second needs steps on a grid of COARSE."""
+    places = [grid_index(step, COARSE) for step in steps]
+    exact = all((on_grid(p, COARSE) == step).all() for p, step in zip(places, steps))
+    shift = np.concatenate([p - np.sort(p)[len(p) // 2] for p in places])
+    plain = None if rows is None else np.concatenate(rows)
+    bits = lambda values: entropy_bits(np.bincount(values - values.min()))
+    times = exact and coder.number(None if plain is None else int(bits(plain + shift) < bits(plain)))
+    if not times:
+        return coder.integers(plain, len(shift))
+    return coder.integers(None if plain is None else plain + shift, len(shift)) - shift
 
 
 def code_all(coder: SymbolCoder, specs: list[Spec], coded: dict[str, IntTensor | HalfTensor] | None) -> dict[str, IntTensor | HalfTensor]:
@@ -3044,7 +3061,7 @@ def code_all(coder: SymbolCoder, specs: list[Spec], coded: dict[str, IntTensor |
         matrices = [t.q.numpy().reshape(len(t.step), -1) for t in given] if given else [None] * len(group)
         scales = [measure_scales(q) for q in matrices] if given else None
         whole = coder.integers(together([s.whole for s in scales]) if scales else None, len(group))
-        rows = split(coder.integers(together([s.rows for s in scales]) if scales else None, sum(sizes)), sizes)
+        rows = split(code_rows(coder, [s.rows for s in scales] if scales else None, steps), sizes)
         widths = [math.prod(s.shape) // s.halves for s in group]
         columns = split(coder.integers(together([s.columns for s in scales]) if scales else None, sum(widths)), widths)
         for spec, q, step, *scale in zip(group, matrices, steps, whole, rows, columns):
@@ -4156,7 +4173,6 @@ def blend_hessians(hessians: dict[str, Tensor], sensitivity: dict[str, Sensitivi
 
 
 MULTIPLIERS = (-6.0, 8.0)           # of all steps, log2
-REST_BYTES = 80_000                 # a first guess of what is not an integer
 
 
 class Packed(NamedTuple):
@@ -4193,7 +4209,8 @@ def fit_bytes(run: Run, quantizer: Quantizer, code_bytes: int) -> Packed:
         return a if a == MULTIPLIERS[0] else b
 
     best, (low, high) = None, MULTIPLIERS
-    at = solve(code_bytes + REST_BYTES) if target else 0.0
+    floats = sum(t.numel() for name, t in quantizer.known.weights.items() if name not in quantizer.bits)
+    at = solve(code_bytes + 1.2 * floats + 0.01 * quantizer.estimate(1.0)) if target else 0.0       # a first guess of the rest
     for attempt in range(1, 11):
         packed = make(at)
         if not target:

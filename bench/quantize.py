@@ -35,6 +35,8 @@ ROWS = [
     ("fisher row 1/4, tensor 1/4", {**FISHER, "fisher_row_power": 0.25, "fisher_tensor_power": 0.25}),
     ("fisher row 1/2, tensor 1/4", {**FISHER, "fisher_tensor_power": 0.25}),
     ("fisher row 1/4, tensor 1/2", {**FISHER, "fisher_row_power": 0.25}),
+    ("fisher row 1/2, tensor 1/2, steps to 3x", {**FISHER, "fisher_coarsest": 3.0}),
+    ("fisher row 1/2, tensor 1/2, steps to 1.5x", {**FISHER, "fisher_coarsest": 1.5}),
     ("plain fisher row 1/4, tensor 1/4", {**FISHER, "fisher_row_power": 0.25, "fisher_tensor_power": 0.25, "statistic": "plain"}),
     ("fisher row 3/8, tensor 3/8", {**FISHER, "fisher_row_power": 0.375, "fisher_tensor_power": 0.375}),
     ("fisher row 1/2, tensor 1/2, half its Hessian", {**FISHER, "fisher_hessian": 0.5}),

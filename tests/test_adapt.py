@@ -47,7 +47,7 @@ def batch_order(name) -> dict[int, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_a_token_changes_no_loss_banked_before_it(name, data):
     """The legality proof: change a token; what its own document banked before it, and what others banked before they

@@ -15,8 +15,8 @@ import time
 
 import numpy as np
 import pytest
-import toy
 import torch
+import toy
 
 import train_gpt as tg
 
