@@ -160,7 +160,7 @@ class Config:
     attn_clip_sigmas: float = knob(13.0, "clip of attention matrices", above=0)
     mlp_clip_sigmas: float = knob(11.5, "clip of MLP matrices", above=0)
     embed_clip_sigmas: float = knob(14.0, "clip of the embedding", above=0)
-    clip_rule: str = knob("fisher", "how steps are shared out over rows and tensors (ADAPTIVE_HESSIAN_CLIP=1: adaptive)",
+    clip_rule: str = knob("hand", "how steps are shared out over rows and tensors (ADAPTIVE_HESSIAN_CLIP=1: adaptive)",
                           choices=("hand", "adaptive", "fisher"))
     adaptive_hessian_clip: bool = knob(False, "clip per tensor from Hessian and variance (PR 1689)")
     hessian_clip_lambda: float = knob(0.0, "weight of row importance in the clip (PR 1412)", at_least=0)

@@ -155,7 +155,7 @@ def test_mixed_precision_counts_and_order(monkeypatch):
 @pytest.mark.parametrize("settings, words", [
     (dict(ADAPTIVE_HESSIAN_CLIP=1, CLIP_RULE="fisher"), ["ADAPTIVE_HESSIAN_CLIP=1", "CLIP_RULE=fisher"]),
     (dict(ADAPTIVE_HESSIAN_CLIP=1, CLIP_RULE="hand"), ["ADAPTIVE_HESSIAN_CLIP=1", "CLIP_RULE=hand"]),
-    (dict(MIXED_PRECISION_HESSIAN=1), ["MIXED_PRECISION_HESSIAN=1", "CLIP_RULE"]),
+    (dict(MIXED_PRECISION_HESSIAN=1, CLIP_RULE="fisher"), ["MIXED_PRECISION_HESSIAN=1", "CLIP_RULE"]),
     (dict(MIXED_PRECISION_BITS_LOW=7, MIXED_PRECISION_BITS_HIGH=5), ["MIXED_PRECISION_BITS_LOW=7", "MIXED_PRECISION_BITS_HIGH=5"]),
     (dict(MLP_CLIP_SIGMAS=0), ["MLP_CLIP_SIGMAS"]), (dict(ATTN_CLIP_SIGMAS=-3), ["ATTN_CLIP_SIGMAS"]),
     (dict(MATRIX_BITS=1), ["MATRIX_BITS", "2"]), (dict(EMBED_BITS=9), ["EMBED_BITS", "8"]),
