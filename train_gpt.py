@@ -909,7 +909,8 @@ def load_validation(config: Config, log: Log) -> Validation:
         for path, shard in shards.items():
             sidecar = path.with_name(path.name.replace("val_", "val_bytes_"))
             if not sidecar.is_file():
-                raise UserError(f"byte sidecar {sidecar} is missing: CASEOPS_ENABLED=1 expects one beside every validation shard")
+                raise UserError(f"byte sidecar {sidecar} is missing: CASEOPS_ENABLED=1 expects one beside every validation shard "
+                                "(data/download.py --variant caseops, data/tokenize_docs.py --caseops)")
             parts.append(read_shard(sidecar, 65536))
             if len(parts[-1]) != len(shard):
                 raise UserError(f"byte sidecar {sidecar} has {len(parts[-1])} entries: expected one for each of {len(shard)} tokens")

@@ -47,14 +47,9 @@ def test_every_knob_is_used_outside_the_table():
                 and isinstance(n.args[1], ast.JoinedStr)]
     patterns = ["".join(re.escape(part.value) if isinstance(part, ast.Constant) else "[a-z]+" for part in f.values) for f in computed]
     used |= {f.name for f in tg.fields(tg.Config) if any(re.fullmatch(p, f.name) for p in patterns)}
-    # a switch that is refused takes its details with it
-    later = {"lqer": ("lqer_",), "ttt": ("ttt_", "phased_ttt", "global_ttt"), "mixed": ("mixed_precision_",)}
-    refused = {f.name for f in tg.fields(tg.Config) if "later" in f.metadata}
-    covered = tuple(p for switch, group in (("lqer_enabled", later["lqer"]), ("ttt_enabled", later["ttt"]),
-                                            ("mixed_precision_hessian", later["mixed"])) if switch in refused for p in group)
     # no matrix of this network is neither attention nor MLP; the founding documents set its sigma all the same
     used.add("matrix_clip_sigmas")
-    dead = [f.name for f in tg.fields(tg.Config) if f.name not in used | refused and not (covered and f.name.startswith(covered))]
+    dead = [f.name for f in tg.fields(tg.Config) if f.name not in used]
     assert not dead
 
 

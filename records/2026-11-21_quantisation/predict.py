@@ -61,9 +61,11 @@ for rule in ("hand", "fisher"):
     coded[rule] = q()
     print(rule, "predicted", {n: round(x, 3) for n, x in expected.items()}, "sum", round(sum(expected.values()), 3), flush=True)
 embedding = "tok_emb.weight"
-for label, codes in (("hand", coded["hand"]), ("hand, fisher for the embedding", coded["hand"] | {embedding: coded["fisher"][embedding]}),
-                     ("fisher, hand for the embedding", coded["fisher"] | {embedding: coded["hand"][embedding]}), ("fisher", coded["fisher"])):
+mixed = lambda rest, first: coded[rest] | {embedding: coded[first][embedding]}
+for label, codes in (("hand", coded["hand"]), ("hand, fisher for the embedding", mixed("hand", "fisher")),
+                     ("fisher, hand for the embedding", mixed("fisher", "hand")), ("fisher", coded["fisher"])):
     t.import_weights(model, t.restore(codes))
     d = losses() - before
     size = sum(map(len, t.encode(codes, "entropy").values()))
-    print(f"{label}: {size:,} bytes, penalty {1000 * d.sum().item() / bytes_:.2f} +- {1000 * d.std().item() * len(d) ** 0.5 / bytes_:.2f}", flush=True)
+    error = 1000 * d.std().item() * len(d) ** 0.5 / bytes_
+    print(f"{label}: {size:,} bytes, penalty {1000 * d.sum().item() / bytes_:.2f} +- {error:.2f}", flush=True)
