@@ -60,11 +60,14 @@ EVAL_BUDGET_SECONDS = 600.0     # the challenge's limit for everything from arti
 
 
 class UserError(Exception):
-    """Something that the user can mend: printed as one line; `code` is the process's exit code (3: over the cap)."""
+    """Something that the user can mend: printed as one line; `code` is the process's exit code (3: over the cap).
 
-    def __init__(self, message: str, code: int = 2):
+    everywhere: every rank meets it alike, so that rank 0 says it for all.
+    """
+
+    def __init__(self, message: str, code: int = 2, everywhere: bool = True):
         super().__init__(message)
-        self.code = code
+        self.code, self.everywhere = code, everywhere
 
 
 def knob(default, meaning: str = "", **limits):
@@ -404,6 +407,11 @@ def config_table(config: Config) -> str:
 # ======================================================================================================================
 
 
+# PyTorch 2.13 renamed these two
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class World:
     """The ranks of this run. On one process every collective costs nothing; CPU tensors go through gloo."""
 
@@ -442,10 +450,10 @@ class World:
 
     def reduce_scatter(self, out: Tensor, t: Tensor):
         """Start averaging t over ranks into each rank's slice `out`; returns a handle to wait on."""
-        return dist.reduce_scatter_tensor(out, t, async_op=True)
+        return REDUCE_SCATTER(out, t, async_op=True)
 
     def all_gather(self, out: Tensor, t: Tensor):
-        return dist.all_gather_into_tensor(out, t, async_op=True)
+        return ALL_GATHER(out, t, async_op=True)
 
     def together(self, action: Callable):
         """Run action on every rank; if any rank meets a UserError, all raise the first of them."""
@@ -828,7 +836,7 @@ class Prefetcher:
     def next(self) -> Batch:
         item = self.queue.get()
         if isinstance(item, OSError):
-            raise UserError(f"a training shard vanished or cannot be read: {item}")
+            raise UserError(f"a training shard vanished or cannot be read: {item}", everywhere=False)
         if isinstance(item, BaseException):
             raise item
         self.cursor = item.cursor
@@ -4357,6 +4365,8 @@ def main() -> int:
         message = " ".join(str(e).splitlines())
         if log:
             log(f"error: {message}")
+            if world.rank and not e.everywhere:
+                print(f"error: rank {world.rank}: {message}", file=sys.stderr)
         elif os.environ.get("RANK", "0") == "0" or (config and not world):      # what every rank finds is said once
             print(f"error: {message}", file=sys.stderr)
         return e.code
