@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline at toy size, on a GPU if there is one, else on the CPU: about four minutes on two cores.
+# The whole pipeline at toy size, on a GPU if there is one, else on the CPU: two to three minutes on two cores.
 # Any setting can be given in the environment and wins over recipes/demo.env: MAX_WALLCLOCK_SECONDS=30 ./demo.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
