@@ -19,8 +19,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 
+def fail(message: str):
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
+
 def load(path: Path) -> tuple[dict[str, dict[str, np.ndarray]], dict]:
-    """{matrix: {what: array}} and the run's settings. Raises SystemExit with one line."""
+    """{matrix: {what: array}} and the run's settings. Ends with one line, exit code 2, on anything else."""
     if path.is_dir():
         path = path / "hessian_report.safetensors"
     try:
@@ -31,9 +36,9 @@ def load(path: Path) -> tuple[dict[str, dict[str, np.ndarray]], dict]:
                 name, what = key.rsplit(":", 1)
                 out.setdefault(name, {})[what] = f.get_tensor(key).astype(np.float64)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
-        raise SystemExit(f"error: {path} is not a Hessian report: {str(e).splitlines()[0]}") from None
+        fail(f"error: {path} is not a Hessian report: {str(e).splitlines()[0]}")
     if not out:
-        raise SystemExit(f"error: {path} has no matrices: nothing was quantised in this run")
+        fail(f"error: {path} has no matrices: nothing was quantised in this run")
     return out, state
 
 
@@ -58,7 +63,7 @@ def compare(a: dict, b: dict, state: dict) -> dict[str, float]:
     """The three correlations of two runs over the matrices that both have."""
     names = [n for n in a if n in b and a[n]["rows"].shape == b[n]["rows"].shape]
     if not names:
-        raise SystemExit("error: the two runs share no matrix of equal shape")
+        fail("error: the two runs share no matrix of equal shape")
     traces = lambda run: np.array([float(run[n]["trace"]) for n in names])
     groups = sorted({group_of(n, state) for n in names})
     sums = lambda run: np.array([sum(float(run[n]["trace"]) for n in names if group_of(n, state) == g) for g in groups])
