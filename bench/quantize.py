@@ -6,7 +6,8 @@ CHECKPOINT, shards and tokenizer may be .xz. First the hand-set row as published
 row of ROWS with its steps bisected until code (--code-bytes) and model are just under TARGET_BYTES, packed by our coder,
 unpacked, and scored in bits per byte over the first --targets validation tokens. penalty: bpb less that of the EMA weights,
 in 0.001 bpb; ratio: to the hand-set rule's at equal bytes. --minutes: no new row is begun after that; the table so far is
-written after each row. About 5 minutes on one H100; other coders on saved artifacts: bench/pack.py.
+written after each row. About 5 minutes on one H100; other coders on saved artifacts: bench/pack.py. Model settings come
+from the environment; PARALLEL_START_LAYER is 8 unless it says otherwise (the checkpoint of the specification).
 """
 from __future__ import annotations
 
@@ -77,7 +78,7 @@ class Bench:
 
     def __init__(self, args):
         self.args, self.start = args, time.perf_counter()
-        env = {**os.environ, "TOKENIZER_PATH": args.tokenizer, "SEED": "1337"}
+        env = {"PARALLEL_START_LAYER": "8", **os.environ, "TOKENIZER_PATH": args.tokenizer, "SEED": "1337"}
         if args.train_batch_tokens:
             env["TRAIN_BATCH_TOKENS"] = str(args.train_batch_tokens)
         self.config, _ = t.load_config(env)

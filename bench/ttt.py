@@ -7,7 +7,8 @@
 Chunk, live tokens and learning rate of the cached protocol are chosen on --tune-documents other documents: the lowest
 loss among the settings of GRID that reach --floor tokens a second there. Both protocols then read the same --documents,
 per-document adapters only (--phases N: with N global phases). Seconds include everything but loading and the warm-up,
-whose seconds are given. Model settings come from the environment, as for train_gpt.py.
+whose seconds are given. Model settings come from the environment, as for train_gpt.py, but with --checkpoint PARALLEL_START_LAYER is 8 unless it
+says otherwise (the checkpoint of the specification).
 """
 
 import argparse
@@ -87,7 +88,8 @@ class Bench:
     def configure(self, **settings) -> tg.Config:
         fixed = {"TTT_ENABLED": 1, "EVAL_TIME_LIMIT": 0, "TTT_LORA_RANK": self.a.rank, "PHASED_TTT_ENABLED": int(self.a.phases > 0),
                  "PHASED_TTT_NUM_PHASES": self.a.phases}
-        return tg.load_config({**os.environ, **{k: str(v) for k, v in {**fixed, **settings}.items()}})[0]
+        lanes = {} if self.a.artifact else {"PARALLEL_START_LAYER": "8"}
+        return tg.load_config({**lanes, **os.environ, **{k: str(v) for k, v in {**fixed, **settings}.items()}})[0]
 
     def run(self, config: tg.Config) -> tg.Run:
         """Settings for the next measurement, and the weights as they were loaded."""
