@@ -167,6 +167,9 @@ class Config:
                           choices=("hand", "adaptive", "fisher"))
     adaptive_hessian_clip: bool = knob(False, "clip per tensor from Hessian and variance (PR 1689)")
     hessian_clip_lambda: float = knob(0.0, "weight of row importance in the clip (PR 1412)", at_least=0)
+    quantizer: str = knob("scalar", "rounding inside GPTQ: each weight by itself, or along a trellis of so many states",
+                          choices=("scalar", "trellis4", "trellis8", "trellis16", "trellis32", "trellis64"))
+    trellis_lambda: float = knob(0.35, "squared steps that a bit is worth to the trellis", at_least=0)
     fisher_batches: int = knob(128, "small training batches for the squared gradients", at_least=2)
     fisher_row_power: float = knob(0.5, "step ~ sensitivity ^ -this between the rows of a tensor", at_least=0, at_most=1)
     fisher_tensor_power: float = knob(0.5, "the same between tensors", at_least=0, at_most=1)
@@ -1220,6 +1223,103 @@ if triton is not None:
 def gated_heads(y_BTHd: Tensor, v_BTKd: Tensor, z_BTH: Tensor, xsa: bool, scale: float, factor: float) -> Tensor:
     """XSA and head gate in one kernel, all their gradients in another (Triton)."""
     return gated_heads_forward(y_BTHd.contiguous(), v_BTKd.contiguous(), z_BTH.contiguous(), xsa, scale, factor)
+
+
+TRELLIS_CODES = {       # states -> parity-check polynomials h0, h1 (Ungerboeck 1982, one-dimensional modulation)
+    1: (0o1, 0o0), 4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24)}
+TRELLIS_BLOCK = 128         # columns between two decisions
+
+
+def trellis_next(states: int) -> np.ndarray:
+    """The state after each state and branch, int64 [states, 2]. An integer n may follow state s if n and s are both even
+    or both odd; its branch is the second lowest bit of n, so the four classes n mod 4 are told apart by state and branch."""
+    h0, h1 = (h >> 1 for h in TRELLIS_CODES[states])
+    s = np.arange(states)
+    return np.stack([s >> 1 ^ (s & 1) * h0 ^ branch * h1 for branch in (0, 1)], 1)
+
+
+def trellis_block_reference(w_NRB: Tensor, u_NBB: Tensor, step_NR: Tensor, shrink_NR: Tensor, state_NR: Tensor,
+                            states: int) -> tuple[Tensor, Tensor]:
+    """GPTQ over a few columns with integers from a trellis (trellis-coded quantisation: Marcellin, Fischer 1990).
+
+    Viterbi: of all allowed sequences, nearly the one of least sum((x - n)^2 + shrink n^2) / U_jj^2, x the weight in steps
+    after the errors of the columns before it. Every survivor carries its own errors. w float32 [N, R, B], u the upper
+    factor's rows and columns, state int64 [N, R]: before the first column. Returns the errors (x - n) step / U_jj of the
+    best sequence, float32 [N, R, B], and its last state.
+    """
+    nexts = torch.from_numpy(trellis_next(states)).to(w_NRB.device)
+    sources = torch.stack([nexts[:, b].argsort() for b in (0, 1)], 1)       # [state after, branch] -> state before
+    odd = (torch.arange(states, device=w_NRB.device) & 1)[:, None]
+    N, R, B = w_NRB.shape
+    part = w_NRB.reshape(1, N * R, B).repeat(states, 1, 1)
+    step, shrink = (t.float().flatten() for t in (step_NR, shrink_NR))
+    u = u_NBB.repeat_interleave(R, 0)
+    cost = torch.full((states, N * R), 1e30, device=w_NRB.device).scatter_(0, state_NR.reshape(1, -1), 0.0)
+    for j in range(B):
+        x, scale = part[:, :, j] / step, u[:, j, j]
+        kind = [odd, odd + 2]
+        n = [4 * ((x / (1 + shrink) - c) / 4 + 0.5).floor_().clamp_(-31, 31) + c for c in kind]
+        costs = [cost + ((x - m).square() + shrink * m.square()) / scale.square() for m in n]
+        cost, branch = torch.stack([costs[b][sources[:, b]] for b in (0, 1)]).min(0)
+        before = torch.where(branch.bool(), sources[:, 1:], sources[:, :1])
+        cost = cost - cost.amin(0)
+        error = torch.where(branch.bool(), (x - n[1]).gather(0, before), (x - n[0]).gather(0, before)) * step / scale
+        part = part.gather(0, before[:, :, None].expand_as(part))
+        part[:, :, j] = error
+        part[:, :, j + 1:] -= error[:, :, None] * u[:, j, j + 1:]
+    last = cost.argmin(0)
+    return part.gather(0, last[None, :, None].expand(1, -1, B)).view(N, R, B), last.view(N, R)
+
+
+if triton is not None:
+    @triton.jit
+    def trellis_kernel(w, u, step, shrink, state, errors, last, R, width, S: tl.constexpr, B: tl.constexpr, H0: tl.constexpr,
+                       H1: tl.constexpr):
+        """One row of one matrix per program; all survivors' weights stay in registers."""
+        row = tl.program_id(0).to(tl.int64)
+        u += row // R * width * width
+        j, s = tl.arange(0, B), tl.arange(0, S)
+        top = s // ((S + 1) // 2)
+        source0 = 2 * (s ^ top * H0) + top
+        source1 = 2 * (s ^ top * H0 ^ H1) + top
+        odd = (s % 2).to(tl.float32)
+        part = tl.load(w + row * width + j, mask=j < width, other=0.0)[None, :] + tl.zeros((S, B), tl.float32)
+        cost = tl.where(s == tl.load(state + row), 0.0, 1e30)
+        size, small = tl.load(step + row), tl.load(shrink + row)
+        for i in range(width):
+            scale = tl.load(u + i * width + i)
+            ahead = tl.load(u + i * width + j, mask=j < width, other=0.0)
+            x = tl.sum(tl.where(j[None, :] == i, part, 0.0), 1) / size
+            y = x / (1 + small)
+            n0 = 4 * tl.minimum(tl.maximum(tl.floor((y - odd) / 4 + 0.5), -31.0), 31.0) + odd
+            n1 = 4 * tl.minimum(tl.maximum(tl.floor((y - odd - 2) / 4 + 0.5), -31.0), 31.0) + odd + 2
+            cost0 = tl.gather(cost + ((x - n0) * (x - n0) + small * n0 * n0) / (scale * scale), source0, 0)
+            cost1 = tl.gather(cost + ((x - n1) * (x - n1) + small * n1 * n1) / (scale * scale), source1, 0)
+            second = cost1 < cost0
+            cost = tl.where(second, cost1, cost0)
+            cost -= tl.min(cost, 0)
+            before = tl.where(second, source1, source0)
+            error = tl.where(second, tl.gather(x - n1, source1, 0), tl.gather(x - n0, source0, 0)) * size / scale
+            part = tl.gather(part, tl.broadcast_to(before[:, None], (S, B)), 0)
+            part = tl.where((j == i)[None, :], error[:, None],
+                            tl.where((j > i)[None, :], part - error[:, None] * ahead[None, :], part))
+        best = tl.argmin(cost, 0)
+        tl.store(errors + row * width + j, tl.sum(tl.where((s == best)[:, None], part, 0.0), 0), mask=j < width)
+        tl.store(last + row, best)
+
+
+@kernel(trellis_block_reference)
+def trellis_block(w_NRB: Tensor, u_NBB: Tensor, step_NR: Tensor, shrink_NR: Tensor, state_NR: Tensor,
+                  states: int) -> tuple[Tensor, Tensor]:
+    """A program for every row, its survivors in registers (Triton)."""
+    w, u, step, shrink, state = (t.contiguous() for t in (w_NRB, u_NBB, step_NR.float(), shrink_NR, state_NR))
+    N, R, width = w.shape
+    errors, last = torch.empty_like(w), torch.empty_like(state)
+    block = triton.next_power_of_2(width)
+    h0, h1 = (h >> 1 for h in TRELLIS_CODES[states])
+    trellis_kernel[(N * R,)](w, u, step, shrink, state, errors, last, R, width, S=states, B=block, H0=h0, H1=h1,
+                             num_warps=max(1, min(8, states * block // 1024)))
+    return errors, last
 
 
 # ======================================================================================================================
@@ -2298,10 +2398,12 @@ class IntTensor(NamedTuple):
     """Integers times a step per row: q int8 [rows, columns], step float16 [rows], |q| <= 2^(bits-1) - 1.
 
     With n steps for another number of rows (LQER factors), each step serves 1/n of the values in reading order.
+    states > 0: every row is a path through a trellis of so many states, its columns taken in path_order.
     """
     q: Tensor
     step: Tensor
     bits: int
+    states: int = 0
 
     def decode(self) -> Tensor:
         return (self.q.float().view(len(self.step), -1) * self.step.float()[:, None]).view(self.q.shape)
@@ -2398,9 +2500,21 @@ class Factor(NamedTuple):
     live: Tensor            # bool [C]: inputs that are ever active, in the matrix's own order
 
 
+ORDER_CLASSES = 8           # of columns, where the decoder must know the order: three bits a column
+ORDER_SUFFIX = ":order"     # of the float16 tensor that holds them
+
+
+def path_order(classes: np.ndarray) -> np.ndarray:
+    """Columns in the order of a trellis path: class by class."""
+    return classes.argsort(kind="stable")
+
+
 @torch.no_grad()
-def prepare(h_NCC: Tensor, warn: Callable[[str], None]) -> Factor:
-    """Hessians -> factors. A Hessian with NaN or infinity becomes the identity: its matrices are rounded to nearest."""
+def prepare(h_NCC: Tensor, warn: Callable[[str], None], coarse: bool = False) -> Factor:
+    """Hessians -> factors. A Hessian with NaN or infinity becomes the identity: its matrices are rounded to nearest.
+
+    coarse: columns in ORDER_CLASSES classes of falling diag H, as they stand inside a class.
+    """
     h = h_NCC.float().clone()
     broken = ~h.isfinite().all(2).all(1)
     if broken.any():
@@ -2410,6 +2524,9 @@ def prepare(h_NCC: Tensor, warn: Callable[[str], None]) -> Factor:
     h.masked_fill_(dead[:, None, :] | dead[:, :, None], 0.0)
     h.diagonal(dim1=1, dim2=2).masked_fill_(dead, 1.0)
     order = h.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    if coarse:
+        ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        order = torch.empty_like(order).scatter_(1, order, ranks * ORDER_CLASSES // order.shape[1]).argsort(dim=1, stable=True)
     each = torch.arange(len(h), device=h.device)[:, None, None]
     return Factor(order, inverse_factor(h[each, order[:, :, None], order[:, None, :]], warn), ~dead)
 
@@ -2445,7 +2562,28 @@ def round_scalar(w_NRC: Tensor, factor: Factor, step_NR: Tensor, bits: int, bloc
     return torch.empty_like(q).scatter_(2, order[:, None].expand_as(q), q)
 
 
-QUANTIZERS: dict[str, Callable[[Tensor, Factor, Tensor, int], Tensor]] = {"scalar": round_scalar}
+@torch.no_grad()
+def round_trellis(w_NRC: Tensor, factor: Factor, step_NR: Tensor, states: int, rate: float) -> Tensor:
+    """The same loop with integers from a trellis (see trellis_block), each row a path from state 0. int8 [N, R, C].
+
+    rate: squared steps that a bit is worth. Rows are coded as Gaussians, so a bit more is spent on larger integers as
+    their squares grow.
+    """
+    columns, u, order = w_NRC.shape[2], factor.u, factor.order
+    w = (w_NRC.float() * factor.live[:, None]).gather(2, order[:, None].expand_as(w_NRC)).contiguous()
+    step = step_NR.float()
+    shrink = rate * math.log2(math.e) / 2 * step.square() / w.square().mean(2).clamp_min(1e-30)
+    state = torch.zeros(step.shape, dtype=torch.int64, device=w.device)
+    q = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    with matmul_precision("highest"):
+        for a in range(0, columns, TRELLIS_BLOCK):
+            b = min(a + TRELLIS_BLOCK, columns)
+            here = u[:, a:b, a:b]
+            errors, state = trellis_block(w[:, :, a:b], here, step, shrink.clamp(max=1.0), state, states)
+            # what was rounded: the weight after the errors before it, less its own
+            q[:, :, a:b] = ((w[:, :, a:b] - torch.bmm(errors, here)) / step[:, :, None]).round_()
+            w[:, :, b:] -= torch.bmm(errors, u[:, a:b, b:])
+    return torch.empty_like(q).scatter_(2, order[:, None].expand_as(q), q)
 
 
 def weighted_square(e_RC: Tensor, h_CC: Tensor) -> float:
@@ -2601,6 +2739,8 @@ class Quantizer:
     def __init__(self, run: Run, known: Calibration, factors: dict[str, Factor] | None = None):
         c, world = self.c, self.world = run.config, run.world
         self.run, self.known = run, known
+        self.states = int(c.quantizer.removeprefix("trellis")) if c.quantizer != "scalar" else 0
+        self.union = 2 if self.states else 1        # a trellis takes every second of its integers: half the step, the same bits
         names = [name for name, t in known.weights.items() if is_quantised(name, t)]
         if factors is None:
             factors = prepare_all(run, known.hessians)
@@ -2615,7 +2755,7 @@ class Quantizer:
                     rows = 1 + c.hessian_clip_lambda * (row_importance(known.weights[name], self.hessian[name]) - 1)
                     clip = self.clips[name]
                     self.clips[name] = clip._replace(rows=rows if clip.rows is None else rows * clip.rows)
-        self.bits = matrix_bits(names, known, c)
+        self.factors, self.bits = factors, matrix_bits(names, known, c)
         groups: dict[tuple, list[str]] = {}
         for name in names:
             groups.setdefault((known.weights[name].shape, self.bits[name]), []).append(name)
@@ -2629,23 +2769,41 @@ class Quantizer:
             for i, name in enumerate(group):
                 if self.clips[name].rows is not None:
                     steps[i] *= self.clips[name].rows.to(w.device)
-            bits = 8 if c.clip_rule == "fisher" else bits       # with an entropy coder behind, a longer reach costs nothing
+            if c.clip_rule == "fisher" or self.states:          # with an entropy coder behind, a longer reach costs nothing
+                bits = 8
             self.batches.append(Batched(group, w, steps, w.abs().amax(2) / largest(bits), w.square().mean(2), bits, mine,
                                         Factor(*map(torch.stack, zip(*chosen))) if mine else None))
 
     def steps(self, batch: Batched, multiplier: float) -> Tensor:
         """Steps of a multiplier: not so fine that weights are cut off, unless hand-set sigmas ask for it."""
-        floor = batch.finest if self.c.clip_rule == "fisher" else torch.minimum(batch.steps, batch.finest)
-        steps = torch.maximum(batch.steps * multiplier, floor)
+        steps = batch.steps / self.union
+        floor = batch.finest if self.c.clip_rule == "fisher" else torch.minimum(steps, batch.finest)
+        steps = torch.maximum(steps * multiplier, floor)
         return snap_steps(steps, batch.w, batch.bits, self.c.step_grid)
 
     def estimate(self, multiplier: float) -> float:
         """Bytes of the integers before any are made: rows as Gaussians of their own deviation."""
         bits = 0.0
         for batch in self.batches:
-            squares = (batch.energy / self.steps(batch, multiplier).float().square()).double()
+            squares = (batch.energy / (self.union * self.steps(batch, multiplier).float()).square()).double()
             bits += (0.5 * (1 + 2 * math.pi * math.e * squares).log2()).sum().item() * batch.w.shape[2]
         return bits / 8
+
+    def round(self, w_NRC: Tensor, factor: Factor, step_NR: Tensor, bits: int) -> Tensor:
+        if self.states:
+            return round_trellis(w_NRC, factor, step_NR, self.states, self.c.trellis_lambda)
+        return round_scalar(w_NRC, factor, step_NR, bits)
+
+    def orders(self) -> dict[str, HalfTensor]:
+        """What the decoder must know of the columns of trellis paths: their classes, by input."""
+        out = {}
+        for name in self.bits if self.states else ():
+            if self.hessian[name] is not None:
+                key = input_key(name, self.factors)
+                order = self.factors[key].order.cpu()
+                classes = torch.arange(len(order)) * ORDER_CLASSES // len(order)
+                out[key + ORDER_SUFFIX] = HalfTensor(torch.empty(len(order)).scatter_(0, order, classes.float()).half())
+        return out
 
     @torch.no_grad()
     def __call__(self, multiplier: float = 1.0) -> dict[str, IntTensor | HalfTensor]:
@@ -2664,16 +2822,16 @@ class Quantizer:
             steps = self.steps(batch, multiplier)
             q = torch.zeros(batch.w.shape, dtype=torch.int8, device=world.device)
             if batch.mine:
-                q[batch.mine] = QUANTIZERS["scalar"](batch.w[batch.mine], batch.factor, steps[batch.mine], batch.bits)
+                q[batch.mine] = self.round(batch.w[batch.mine], batch.factor, steps[batch.mine], batch.bits)
             for i in batch.mine:
                 h = self.hessian[batch.names[i]]
                 error = batch.w[i] - q[i].float() * steps[i].float()[:, None]
                 for j, x in enumerate((error, batch.w[i])):
                     errors[place[batch.names[i]], j] = x.double().square().sum().item() if h is None else weighted_square(x, h)
             world.sum(q)
-            coded.update({name: IntTensor(q[i].cpu(), steps[i].cpu(), batch.bits) for i, name in enumerate(batch.names)})
+            coded.update({name: IntTensor(q[i].cpu(), steps[i].cpu(), batch.bits, self.states) for i, name in enumerate(batch.names)})
         self.errors = dict(zip(self.bits, world.sum(errors).tolist()))
-        coded = {name: coded[name] for name in weights}
+        coded = {name: coded[name] for name in weights} | self.orders()
         return repair(self, coded) if c.lqer_enabled else coded
 
     def log_table(self, coded: dict[str, IntTensor | HalfTensor]):
@@ -2682,11 +2840,11 @@ class Quantizer:
         for name, bits in self.bits.items():
             if c.clip_rule != "adaptive" or name.startswith("blocks."):
                 spread = self.known.weights[name].double().std(dim=1).clamp_min(1e-12).cpu()
-                sigmas[name] = (coded[name].step.double() * largest(bits) / spread).log().mean().exp().item()
+                sigmas[name] = (coded[name].step.double() * self.union * largest(bits) / spread).log().mean().exp().item()
         table = "\n".join(f"    {name}: {sigma:.2f}" for name, sigma in sigmas.items())
         self.run.log(f"GPTQ clip_sigmas (rule:{c.clip_rule}, {len(sigmas)} tensors):\n{table}", console=False)
         error, energy = (sum(e[i] for e in self.errors.values() if math.isfinite(e[0] + e[1])) for i in range(2))
-        self.run.log(f"gptq_summary quantizer:scalar entropy_bytes:{entropy_bytes(coded):.0f} "
+        self.run.log(f"gptq_summary quantizer:{self.c.quantizer} entropy_bytes:{entropy_bytes(coded):.0f} "
                      f"weighted_error:{error / max(energy, 1e-30):.6g}")
 
 
@@ -2703,7 +2861,8 @@ def prepare_all(run: Run, hessians: dict[str, Tensor]) -> dict[str, Factor]:
         sizes.setdefault(len(h), []).append(name)
     out = {}
     for names in sizes.values():
-        out.update(zip(names, map(Factor._make, zip(*prepare(torch.stack([hessians[n] for n in names]), run.log)))))
+        stacked = prepare(torch.stack([hessians[n] for n in names]), run.log, run.config.quantizer != "scalar")
+        out.update(zip(names, map(Factor._make, zip(*stacked))))
     return out
 
 
@@ -2766,7 +2925,7 @@ def repair(quantizer: Quantizer, coded: dict[str, IntTensor | HalfTensor]) -> di
 
 def restore(coded: dict[str, IntTensor | HalfTensor]) -> dict[str, Tensor]:
     """Codes -> float32 weights under their file names, repairs added."""
-    out = {name: t.decode() for name, t in coded.items()}
+    out = {name: t.decode() for name, t in coded.items() if not name.endswith(ORDER_SUFFIX)}
     for name in [n for n in out if n + LQER_SUFFIXES[0] in out]:
         a, b = (out.pop(name + suffix) for suffix in LQER_SUFFIXES)
         out[name] = out[name] + a @ b
@@ -2779,11 +2938,12 @@ def restore(coded: dict[str, IntTensor | HalfTensor]) -> dict[str, Tensor]:
 
 
 class Spec(NamedTuple):
-    """What a decoder must know of a tensor: name, shape, bits (0: float16), number of steps (0: one for each row)."""
+    """What a decoder must know of a tensor: name, shape, bits (0: float16), number of steps (0: one for each row), states."""
     name: str
     shape: tuple[int, ...]
     bits: int
     steps: int = 0
+    states: int = 0
 
     @property
     def halves(self) -> int:
@@ -2808,8 +2968,47 @@ def entropy_bytes(coded: dict[str, IntTensor | HalfTensor]) -> float:
     for name, t in coded.items():
         if isinstance(t, IntTensor):
             seen = np.bincount(t.q.numpy().reshape(-1).astype(np.int64) + 128, minlength=256)
-            counts[coding_group(name)] = counts.get(coding_group(name), 0) + seen
+            for part in (0, 1) if t.states else (slice(None),):         # the state tells even from odd
+                key = coding_group(name), part if t.states else -1
+                counts[key] = counts.get(key, 0) + (seen[part::2] if t.states else seen)
     return sum(map(entropy_bits, counts.values())) / 8
+
+
+def find_path(name: str, columns: int, known: dict[str, IntTensor | HalfTensor]) -> np.ndarray:
+    """The order in which a trellis path takes the columns of a matrix; raises ValueError if its classes do not fit."""
+    inputs = {n.removesuffix(ORDER_SUFFIX): t for n, t in known.items() if n.endswith(ORDER_SUFFIX)}
+    key = input_key(name, inputs)
+    if key not in inputs:
+        return np.arange(columns)
+    if inputs[key].values.shape != (columns,):
+        raise ValueError(f"the classes of {key} are {list(inputs[key].values.shape)}: {name} has {columns} columns")
+    return path_order(inputs[key].values.numpy())
+
+
+def odd_along_path(branches: np.ndarray, path: np.ndarray, states: int) -> np.ndarray:
+    """Which integers of a trellis are odd, by the branches (second lowest bits) of them all: uint8 [rows, columns]."""
+    nexts = trellis_next(states).astype(np.uint8).ravel()
+    taken = np.ascontiguousarray(branches.T, np.uint8)
+    state, odd = np.zeros(len(branches), np.uint8), np.empty_like(taken)
+    for j in path:
+        odd[j] = state & 1
+        state = nexts[2 * state + taken[j]]
+    return odd.T
+
+
+def halved(coded: dict[str, IntTensor | HalfTensor]) -> dict[str, IntTensor | HalfTensor]:
+    """For coders that know no trellis: its integers without their lowest bit, which the others tell."""
+    return {n: t._replace(q=t.q >> 1) if isinstance(t, IntTensor) and t.states else t for n, t in coded.items()}
+
+
+def doubled(coded: dict[str, IntTensor | HalfTensor]) -> dict[str, IntTensor | HalfTensor]:
+    """Inverse of halved; raises ValueError."""
+    out = dict(coded)
+    for n, t in coded.items():
+        if isinstance(t, IntTensor) and t.states:
+            odd = odd_along_path(t.q.numpy() & 1, find_path(n, t.q.shape[1], coded), t.states)
+            out[n] = t._replace(q=2 * t.q + torch.from_numpy(odd.astype(np.int8)))
+    return out
 
 
 def flatten_codes(coded: dict[str, IntTensor | HalfTensor]) -> bytes:
@@ -2840,7 +3039,7 @@ def unflatten_codes(data: bytes, specs: list[Spec]) -> dict[str, IntTensor | Hal
         part = values[at_half: at_half + spec.halves]
         at_half += spec.halves
         if spec.bits:
-            out[spec.name] = IntTensor(torch.from_numpy(q[at: at + count].copy()).view(spec.shape), part, spec.bits)
+            out[spec.name] = IntTensor(torch.from_numpy(q[at: at + count].copy()).view(spec.shape), part, spec.bits, spec.states)
             at += count
         else:
             out[spec.name] = HalfTensor(part.view(spec.shape))
@@ -2873,10 +3072,12 @@ class Coder(NamedTuple):
     """One value of COMPRESSOR. encode: codes -> streams; decode: its inverse; probe: is everything that it needs there?
 
     encode and decode get a folder for temporary files. decode raises ValueError on anything that does not fit.
+    knows_trellis: False gets the integers of a trellis without their lowest bits.
     """
     encode: Callable[[dict, Path], dict[str, bytes]]
     decode: Callable[[dict[str, bytes], list[Spec], Path], dict]
     probe: Callable[[], None]
+    knows_trellis: bool = False
 
 
 def one_stream(pack: Callable[[bytes], bytes], unpack: Callable[[bytes, int], bytes]) -> Coder:
@@ -3000,23 +3201,44 @@ def measure_scales(q: np.ndarray) -> Scales:
     return Scales(int(size(squares.mean(), FINE)), rows, columns)
 
 
-def code_matrix(coder: SymbolCoder, q: np.ndarray | None, scales: Scales) -> np.ndarray:
-    """All integers of one matrix, one distribution after the other. int8 [rows, columns]."""
-    contexts = scales.contexts()
-    order = contexts.ravel().argsort(kind="stable")
-    ends = np.bincount(contexts.ravel()).cumsum()
-    symbols = None if q is None else q.ravel()[order].astype(np.int32) + 127
-    parts, start = [], 0
+def code_bits(coder: SymbolCoder, bits: np.ndarray | None, count: int) -> np.ndarray:
+    """Bits that are as often 0 as 1, eight at a time: uint8 [count]."""
+    packed = coder.through(np.ones(256), None if bits is None else np.packbits(bits), -(-count // 8))
+    return np.unpackbits(packed.astype(np.uint8), count=count)
+
+
+def code_matrices(coder: SymbolCoder, matrices: list[np.ndarray] | None, scales: list[Scales], paths: list[np.ndarray],
+                  states: int) -> list[np.ndarray]:
+    """All integers of the matrices of one role, one distribution after the other: int8 [rows, columns] each.
+
+    Of a trellis the branches go first: then every integer is known modulo 4.
+    """
+    shapes = [(len(s.rows), len(s.columns)) for s in scales]
+    split = lambda values: [part.reshape(shape) for part, shape in zip(np.split(values, np.cumsum([r * c for r, c in shapes])[:-1]), shapes)]
+    contexts = np.concatenate([s.contexts().ravel() for s in scales])
+    n = None if matrices is None else np.concatenate([q.ravel() for q in matrices])
+    apart = 4 if states else 1
+    if states:
+        branches = code_bits(coder, None if n is None else n >> 1 & 1, len(contexts))
+        odd = np.concatenate([odd_along_path(part, path, states).ravel() for part, path in zip(split(branches), paths)])
+        if n is not None and not np.array_equal(odd, n & 1):
+            raise RuntimeError("integers that are no path through their trellis cannot be coded")
+        contexts = 4 * contexts + 2 * branches + odd
+    order = contexts.argsort(kind="stable")
+    ends = np.bincount(contexts).cumsum()
+    ordered = np.empty(len(contexts), np.int8) if n is None else n[order]
+    start = 0
     for context, end in enumerate(ends.tolist()):
         if end > start:
-            weights = gaussian_weights(context + SCALES[0])
-            parts.append(coder.through(weights, None if q is None else symbols[start:end], end - start))
+            first = (context - 1) % apart           # of -127 .. 127, the least that is equal to context modulo `apart`
+            weights = gaussian_weights(context // apart + SCALES[0])[first::apart]
+            part = None if n is None else (ordered[start:end].astype(np.int32) + 127 - first) // apart
+            part = coder.through(weights if weights.any() else np.ones(len(weights)), part, end - start)
+            ordered[start:end] = apart * part + first - 127
         start = end
-    if q is not None:
-        return q
-    out = np.empty(contexts.size, np.int8)
-    out[order] = np.concatenate(parts) - 127
-    return out.reshape(contexts.shape)
+    out = np.empty_like(ordered)
+    out[order] = ordered
+    return split(out)
 
 
 def code_halves(coder: SymbolCoder, values: np.ndarray | None, count: int) -> np.ndarray:
@@ -3056,8 +3278,8 @@ def code_all(coder: SymbolCoder, specs: list[Spec], coded: dict[str, IntTensor |
     """Everything, role by role. Writing: `coded` goes out; reading: coded is None and comes back."""
     out, groups = {}, {}
     for spec in specs:
-        groups.setdefault((coding_group(spec.name), bool(spec.bits)), []).append(spec)
-    for (_, is_int), group in groups.items():
+        groups.setdefault((bool(spec.bits), coding_group(spec.name), spec.states), []).append(spec)
+    for (is_int, _, states), group in sorted(groups.items(), key=lambda item: item[0][0]):       # float16 first: it has the paths
         given = [coded[s.name] for s in group] if coded else None
         sizes = [s.halves for s in group]
         together = lambda parts: None if parts is None else np.concatenate([np.ravel(p) for p in parts])
@@ -3067,15 +3289,16 @@ def code_all(coder: SymbolCoder, specs: list[Spec], coded: dict[str, IntTensor |
             out.update({s.name: HalfTensor(torch.from_numpy(part.copy()).view(s.shape)) for s, part in zip(group, split(values, sizes))})
             continue
         steps = split(code_steps(coder, together([t.step.numpy() for t in given]) if given else None, sum(sizes)), sizes)
-        matrices = [t.q.numpy().reshape(len(t.step), -1) for t in given] if given else [None] * len(group)
+        matrices = [t.q.numpy().reshape(len(t.step), -1) for t in given] if given else None
         scales = [measure_scales(q) for q in matrices] if given else None
         whole = coder.integers(together([s.whole for s in scales]) if scales else None, len(group))
         rows = split(code_rows(coder, [s.rows for s in scales] if scales else None, steps), sizes)
         widths = [math.prod(s.shape) // s.halves for s in group]
         columns = split(coder.integers(together([s.columns for s in scales]) if scales else None, sum(widths)), widths)
-        for spec, q, step, *scale in zip(group, matrices, steps, whole, rows, columns):
-            q = code_matrix(coder, q, Scales(*scale))
-            out[spec.name] = IntTensor(torch.from_numpy(q).view(spec.shape), torch.from_numpy(step.copy()), spec.bits)
+        paths = [find_path(s.name, width, out) for s, width in zip(group, widths)] if states else []
+        matrices = code_matrices(coder, matrices if given else None, list(map(Scales, whole, rows, columns)), paths, states)
+        for spec, q, step in zip(group, matrices, steps):
+            out[spec.name] = IntTensor(torch.from_numpy(q).view(spec.shape), torch.from_numpy(step.copy()), spec.bits, states)
     return {spec.name: out[spec.name] for spec in specs}
 
 
@@ -3176,13 +3399,13 @@ def decode_pergroup(streams: dict[str, bytes], specs: list[Spec], folder: Path) 
                 if not np.array_equal(np.sort(order), np.arange(len(order))):
                     raise ValueError(f"stream order: the rows of {spec.name} are not a permutation")
                 q = torch.empty_like(q).index_copy_(0, torch.from_numpy(order), q)
-            out[spec.name] = IntTensor(q.contiguous(), out[spec.name].values, spec.bits)
+            out[spec.name] = IntTensor(q.contiguous(), out[spec.name].values, spec.bits, spec.states)
             at += count
     return out
 
 
 COMPRESSORS: dict[str, Coder] = {
-    "entropy": Coder(encode_entropy, decode_entropy, SymbolCoder),
+    "entropy": Coder(encode_entropy, decode_entropy, SymbolCoder, True),
     "brotli": one_stream(compress_brotli, decompress_brotli),
     "lzma": one_stream(lambda data: lzma.compress(data, **XZ), lambda data, size: lzma.LZMADecompressor(**XZ).decompress(data, size + 1)),
     "pergroup": Coder(encode_pergroup, decode_pergroup, lambda: (compress_brotli(b"probe"), lrzip(b"probe" * 99, None, "-z", "-L", "9"))),
@@ -3190,25 +3413,28 @@ COMPRESSORS: dict[str, Coder] = {
 
 
 def specs_of(coded: dict[str, IntTensor | HalfTensor]) -> list[Spec]:
-    return [Spec(n, tuple(t.q.shape), t.bits, len(t.step) if len(t.step) != t.q.shape[0] else 0) if isinstance(t, IntTensor)
+    return [Spec(n, tuple(t.q.shape), t.bits, len(t.step) if len(t.step) != t.q.shape[0] else 0, t.states) if isinstance(t, IntTensor)
             else Spec(n, tuple(t.values.shape), 0) for n, t in coded.items()]
 
 
 def encode(coded: dict[str, IntTensor | HalfTensor], compressor: str, folder: Path | None = None) -> dict[str, bytes]:
     """Codes -> named streams."""
-    return COMPRESSORS[compressor].encode(coded, folder)
+    coder = COMPRESSORS[compressor]
+    return coder.encode(coded if coder.knows_trellis else halved(coded), folder)
 
 
 def decode(streams: dict[str, bytes], specs: list[Spec], compressor: str, folder: Path | None = None) -> dict[str, IntTensor | HalfTensor]:
     """Inverse of encode; raises ValueError on anything that does not fit the specs."""
-    return COMPRESSORS[compressor].decode(streams, specs, folder)
+    coder = COMPRESSORS[compressor]
+    coded = coder.decode(streams, specs, folder)
+    return coded if coder.knows_trellis else doubled(coded)
 
 
 # ======================================================================================================================
 # ARTIFACT: the container, and the script that ships with it
 # ======================================================================================================================
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLF", 1
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLF", 2
 ARTIFACT_HEAD = struct.Struct("<4sHII")         # magic, version, bytes of the header, CRC-32 of the header
 LONGEST_HEADER = 1 << 20
 LARGEST_MODEL = 1 << 28                         # values; reading takes a few bytes for each
@@ -3242,7 +3468,8 @@ def read_artifact_header(data: bytes, path: Path) -> tuple[dict, dict[str, bytes
         header["tensors"] = specs = [Spec(name, tuple(shape), *rest) for name, shape, *rest in header["tensors"]]
         for spec in specs:
             numbers = (*spec.shape, spec.bits, spec.steps)
-            expect(all(type(n) is int and n >= 0 for n in numbers) and spec.bits <= 8 and len(spec.shape) > (1 if spec.bits else -1)
+            expect(all(type(n) is int and n >= 0 for n in numbers) and spec.bits <= 8 and
+                   (not spec.states or spec.states in TRELLIS_CODES and spec.bits and len(spec.shape) == 2 and not spec.steps) and len(spec.shape) > (1 if spec.bits else -1)
                    and math.prod(spec.shape) > 0 and math.prod(spec.shape) % (spec.steps or 1) == 0, f"header ({spec})")
         expect(sum(math.prod(spec.shape) for spec in specs) <= LARGEST_MODEL, "header (more values than a model can have)")
         streams, at = {}, ARTIFACT_HEAD.size + length

@@ -79,4 +79,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except t.UserError as e:
-        sys.exit(f"error: {e}")
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -29,27 +29,43 @@ import train_gpt as t  # noqa: E402
 
 FISHER = {"clip_rule": "fisher"}
 HAND = {"clip_rule": "hand"}
-# label -> settings. `statistic`: "plain" (mean squared gradients) or "gptq" (as GPTQ's error sees them, the default)
+HALF = {**FISHER, "fisher_row_power": 0.25, "fisher_tensor_power": 0.25}
+LQER = {"lqer_enabled": True}
+T4, T8 = {"quantizer": "trellis4"}, {"quantizer": "trellis8"}
+# label -> settings; fisher: steps by squared gradients, both powers 1/2. `statistic`: "plain" (mean squared gradients) or
+# "gptq" (as GPTQ's error sees them, the default)
 ROWS = [
     ("hand-set", HAND),
-    ("fisher row 1/2, tensor 1/2", FISHER),
-    ("fisher row 1/4, tensor 1/4", {**FISHER, "fisher_row_power": 0.25, "fisher_tensor_power": 0.25}),
+    ("fisher", FISHER),
+    ("hand-set, trellis8", {**HAND, **T8}),
+    ("fisher, trellis4", {**FISHER, **T4}),
+    ("fisher, trellis8", {**FISHER, **T8}),
+    ("fisher, trellis16", {**FISHER, "quantizer": "trellis16"}),
+    ("fisher, trellis32", {**FISHER, "quantizer": "trellis32"}),
+    ("fisher, trellis64", {**FISHER, "quantizer": "trellis64"}),
+    ("hand-set + LQER", {**HAND, **LQER}),
+    ("fisher + LQER", {**FISHER, **LQER}),
+    ("hand-set, trellis8 + LQER", {**HAND, **T8, **LQER}),
+    ("fisher, trellis4 + LQER", {**FISHER, **T4, **LQER}),
+    ("fisher, trellis8 + LQER", {**FISHER, **T8, **LQER}),
+    ("fisher, trellis8, a bit worth 0.2 steps^2", {**FISHER, **T8, "trellis_lambda": 0.2}),
+    ("fisher, trellis8, a bit worth 0.5 steps^2", {**FISHER, **T8, "trellis_lambda": 0.5}),
+    ("fisher, trellis8, half as many batches", {**FISHER, **T8, "fisher_batches": 64}),
+    ("fisher, trellis8, all its Hessian", {**FISHER, **T8, "fisher_hessian": 1.0}),
+    ("fisher, all its Hessian", {**FISHER, "fisher_hessian": 1.0}),
+    ("fisher, half its Hessian", {**FISHER, "fisher_hessian": 0.5}),
+    ("fisher row 1/4, tensor 1/4", HALF),
     ("fisher row 1/2, tensor 1/4", {**FISHER, "fisher_tensor_power": 0.25}),
     ("fisher row 1/4, tensor 1/2", {**FISHER, "fisher_row_power": 0.25}),
-    ("fisher row 1/2, tensor 1/2, steps to 3x", {**FISHER, "fisher_coarsest": 3.0}),
-    ("fisher row 1/2, tensor 1/2, steps to 1.5x", {**FISHER, "fisher_coarsest": 1.5}),
-    ("plain fisher row 1/4, tensor 1/4", {**FISHER, "fisher_row_power": 0.25, "fisher_tensor_power": 0.25, "statistic": "plain"}),
     ("fisher row 3/8, tensor 3/8", {**FISHER, "fisher_row_power": 0.375, "fisher_tensor_power": 0.375}),
-    ("fisher row 1/2, tensor 1/2, half its Hessian", {**FISHER, "fisher_hessian": 0.5}),
-    ("fisher row 3/8, tensor 3/8, half its Hessian",
-     {**FISHER, "fisher_row_power": 0.375, "fisher_tensor_power": 0.375, "fisher_hessian": 0.5}),
-    ("fisher row 1/2, tensor 1/2, all its Hessian", {**FISHER, "fisher_hessian": 1.0}),
-    ("hand-set, half of Fisher's Hessian", {**HAND, "fisher_hessian": 0.5}),
-    ("plain fisher row 1/2, tensor 1/2", {**FISHER, "statistic": "plain"}),
     ("fisher row 0, tensor 1/2", {**FISHER, "fisher_row_power": 0.0}),
     ("fisher row 1/2, tensor 0", {**FISHER, "fisher_tensor_power": 0.0}),
-    ("hand-set + LQER", {**HAND, "lqer_enabled": True}),
-    ("hand-set + LQER by Hessian", {**HAND, "lqer_enabled": True, "lqer_pick": "hessian"}),
+    ("fisher, steps to 3x", {**FISHER, "fisher_coarsest": 3.0}),
+    ("fisher, steps to 1.5x", {**FISHER, "fisher_coarsest": 1.5}),
+    ("plain fisher", {**FISHER, "statistic": "plain"}),
+    ("plain fisher row 1/4, tensor 1/4", {**HALF, "statistic": "plain"}),
+    ("hand-set, half of Fisher's Hessian", {**HAND, "fisher_hessian": 0.5}),
+    ("hand-set + LQER by Hessian", {**HAND, **LQER, "lqer_pick": "hessian"}),
     ("adaptive (PR 1962)", {"clip_rule": "adaptive"}),
     ("hand-set, lambda 0.175 (PR 1412)", {**HAND, "hessian_clip_lambda": 0.175}),
     ("hand-set, mixed precision", {**HAND, "mixed_precision_hessian": True}),
@@ -122,22 +138,23 @@ class Bench:
             keep["hessians"], self.table["hessian_seconds"] = self.seconds(
                 lambda: t.collect_hessians(run, self.model, self.shards, self.args.hessian_batches))
             t.prepare_all(run, keep["hessians"])
-            keep["factors"], self.table["factor_seconds"] = self.seconds(lambda: t.prepare_all(run, keep["hessians"]))
+            _, self.table["factor_seconds"] = self.seconds(lambda: t.prepare_all(run, keep["hessians"]))
             self.counts = t.token_counts(self.shards, config.vocab_size)
             print(f"hessians {self.table['hessian_seconds']:.2f} s, factors {self.table['factor_seconds']:.2f} s", flush=True)
-        collect = lambda factors: t.collect_sensitivity(run, self.model, self.shards, self.names, factors, self.args.fisher_batches)
-        factors, sensitivity = keep["factors"], {}
+        factors, sensitivity = t.prepare_all(run, keep["hessians"]), {}
+        collect = lambda factors: t.collect_sensitivity(run, self.model, self.shards, self.names, factors, config.fisher_batches)
         if t.uses_fisher(config):
-            key = (statistic, config.fisher_hessian)
-            if (statistic, 0.0) not in keep:
+            # the order of columns hardly changes these: one collection serves scalar and trellis
+            first, key = ((statistic, share, config.fisher_batches) for share in (0.0, config.fisher_hessian))
+            if first not in keep:
                 t.import_weights(self.model, self.weights)
                 t.collect_sensitivity(run, self.model, self.shards, self.names, {}, 2)      # warm-up
-                keep[statistic, 0.0], seconds = self.seconds(lambda: collect(keep["factors"] if statistic == "gptq" else {}))
-                self.table[f"fisher_seconds_{statistic}"] = seconds
-                print(f"fisher ({statistic}) {seconds:.2f} s", flush=True)
+                keep[first], seconds = self.seconds(lambda: collect(factors if statistic == "gptq" else {}))
+                self.table[f"fisher_seconds_{statistic}_{config.fisher_batches}"] = seconds
+                print(f"fisher ({statistic}, {config.fisher_batches} batches) {seconds:.2f} s", flush=True)
             if config.fisher_hessian:
-                blend = t.blend_hessians(keep["hessians"], keep[statistic, 0.0], config.fisher_hessian)
-                factors = keep["factors"] | t.prepare_all(run, blend)
+                blend = t.blend_hessians(keep["hessians"], keep[first], config.fisher_hessian)
+                factors = factors | t.prepare_all(run, blend)
                 if key not in keep:
                     t.import_weights(self.model, self.weights)
                     keep[key] = collect(factors)
@@ -162,7 +179,7 @@ class Bench:
         t.import_weights(self.model, t.restore(coded))
         bpb = self.score().bpb
         count = max(len(passes), 1)
-        result = {"label": label, "rule": config.clip_rule, "quantizer": "scalar", "coder": config.compressor,
+        result = {"label": label, "rule": config.clip_rule, "quantizer": config.quantizer, "coder": config.compressor,
                   "entropy_bytes": round(t.entropy_bytes(packed.coded)), "total_bytes": packed.size, "bpb": round(bpb, 6),
                   "penalty": round(1000 * (bpb - self.table["ema_bpb"]), 3), "ratio": None, "seconds": round(times["gptq"], 2),
                   "passes": count, "pack_seconds": round(times["pack"] / count, 2), "unpack_seconds": round(unpack, 2),
@@ -197,7 +214,10 @@ class Bench:
               f"{'rule':46s} {'entropy':>11s} {'total':>11s} {'bpb':>7s} {'m':>6s} {'ratio':>6s}", flush=True)
         self.row("hand-set, fixed, as published", {**HAND, "step_grid": 0, "small_mantissa_bits": 10}, fixed=True)
         done = lambda: time.perf_counter() - self.start > 60 * self.args.minutes
-        chosen = [r for r in ROWS if not self.args.only or any(word in r[0] for word in self.args.only.split(","))]
+        wanted = [name.strip() for name in self.args.only.split(";") if name.strip()]
+        if unknown := set(wanted) - {label for label, _ in ROWS}:
+            raise t.UserError(f"--only {sorted(unknown)[0]!r}: expected labels of ROWS, such as {ROWS[0][0]!r}")
+        chosen = [r for r in ROWS if not wanted or r[0] in wanted]
         for label, settings in chosen:
             if not done():
                 self.row(label, settings)
@@ -216,11 +236,10 @@ def main() -> int:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--targets", type=int, default=3_407_872)
     parser.add_argument("--hessian-batches", type=int, default=16)
-    parser.add_argument("--fisher-batches", type=int, default=128)
     parser.add_argument("--train-batch-tokens", type=int, default=0, help="0: the default recipe's (8 micro-batches)")
     parser.add_argument("--code-bytes", type=int, default=24_000)
     parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--only", default="", help="rows with one of these words (comma list)")
+    parser.add_argument("--only", default="", help="rows with these labels (split by semicolons)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--save", type=Path, help="folder for hand.pglf, best.pglf and the sigmas of the best")
     parser.add_argument("--eager", action="store_true", help="do not compile")
@@ -233,4 +252,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except t.UserError as e:
-        sys.exit(f"error: {e}")
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

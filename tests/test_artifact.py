@@ -144,7 +144,7 @@ def test_a_missing_artifact_says_what_makes_it(tmp_path):
 
 def test_the_head_is_as_documented(artifact):
     magic, version, length, crc = struct.unpack_from("<4sHII", artifact)
-    assert (magic, version) == (b"PGLF", 1)
+    assert (magic, version) == (b"PGLF", 2)
     packed = artifact[14: 14 + length]
     header = json.loads(zlib.decompress(packed))
     assert zlib.crc32(packed) == crc and header["compressor"] == "brotli"

@@ -135,7 +135,47 @@ def check_gated(function, device, dtype, tolerance):
                     near(a.grad, b.grad, tolerance, f"d{name}")
 
 
-CHECKS = {"softcap_ce": check_softcap, "qkv_heads": check_heads, "gated_heads": check_gated}
+def trellis_float64(w, u, step, shrink, state, states):
+    """Viterbi for one row, every survivor a plain list: errors of the best path and its last state."""
+    nexts = tg.trellis_next(states)
+    alive = {state: (0.0, [])}
+    for j in range(len(w)):
+        reached = {}
+        for s, (cost, errors) in alive.items():
+            x = (w[j] - sum(e * u[i, j] for i, e in enumerate(errors))) / step
+            for branch in (0, 1):
+                kind = s % 2 + 2 * branch
+                n = min((4 * m + kind for m in range(-31, 32)), key=lambda n: abs(x / (1 + shrink) - n))
+                total = cost + ((x - n) ** 2 + shrink * n * n) / u[j, j] ** 2
+                if nexts[s, branch] not in reached or total < reached[nexts[s, branch]][0]:
+                    reached[nexts[s, branch]] = total, [*errors, (x - n) * step / u[j, j]]
+        alive = reached
+    last = min(alive, key=lambda s: alive[s][0])
+    return alive[last][1], last
+
+
+def trellis_inputs(N, R, B, states, seed=0):
+    g = np.random.default_rng(seed)
+    w, step = g.normal(size=(N, R, B)), np.exp(0.5 * g.normal(size=(N, R))) / 5
+    u = np.triu(0.5 / B ** 0.5 * g.normal(size=(N, B, B))) + np.eye(B) * np.exp(0.3 * g.normal(size=B))
+    return w, u, step, 0.02 * g.random((N, R)), g.integers(0, states, (N, R))
+
+
+def check_trellis(function, device, dtype, tolerance):
+    """float32 whatever the dtype: it is called with weights."""
+    for N, R, B, states in ((1, 3, 1, 4), (2, 5, 13, 4), (1, 4, 37, 8), (2, 3, 64, 16), (1, 2, 20, 32), (1, 2, 17, 64)):
+        w, u, step, shrink, state = trellis_inputs(N, R, B, states)
+        poison(device)
+        to = lambda x: torch.from_numpy(x).to(device, torch.int64 if x.dtype.kind == "i" else torch.float32)
+        errors, last = function(to(w), to(u), to(step), to(shrink), to(state), states)
+        for n in range(N):
+            for r in range(R):
+                expected, end = trellis_float64(w[n, r], u[n], step[n, r], shrink[n, r], int(state[n, r]), states)
+                near(errors[n, r], expected, 1e-4, (states, n, r))
+                assert int(last[n, r]) == end
+
+
+CHECKS = {"softcap_ce": check_softcap, "qkv_heads": check_heads, "gated_heads": check_gated, "trellis_block": check_trellis}
 
 
 def test_every_kernel_has_a_check():
