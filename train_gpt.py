@@ -3214,7 +3214,8 @@ def code_matrices(coder: SymbolCoder, matrices: list[np.ndarray] | None, scales:
     Of a trellis the branches go first: then every integer is known modulo 4.
     """
     shapes = [(len(s.rows), len(s.columns)) for s in scales]
-    split = lambda values: [part.reshape(shape) for part, shape in zip(np.split(values, np.cumsum([r * c for r, c in shapes])[:-1]), shapes)]
+    ends = np.cumsum([rows * columns for rows, columns in shapes])
+    split = lambda values: [part.reshape(shape) for part, shape in zip(np.split(values, ends[:-1]), shapes)]
     contexts = np.concatenate([s.contexts().ravel() for s in scales])
     n = None if matrices is None else np.concatenate([q.ravel() for q in matrices])
     apart = 4 if states else 1
@@ -3225,10 +3226,9 @@ def code_matrices(coder: SymbolCoder, matrices: list[np.ndarray] | None, scales:
             raise RuntimeError("integers that are no path through their trellis cannot be coded")
         contexts = 4 * contexts + 2 * branches + odd
     order = contexts.argsort(kind="stable")
-    ends = np.bincount(contexts).cumsum()
     ordered = np.empty(len(contexts), np.int8) if n is None else n[order]
     start = 0
-    for context, end in enumerate(ends.tolist()):
+    for context, end in enumerate(np.bincount(contexts).cumsum().tolist()):
         if end > start:
             first = (context - 1) % apart           # of -127 .. 127, the least that is equal to context modulo `apart`
             weights = gaussian_weights(context // apart + SCALES[0])[first::apart]
@@ -3468,9 +3468,10 @@ def read_artifact_header(data: bytes, path: Path) -> tuple[dict, dict[str, bytes
         header["tensors"] = specs = [Spec(name, tuple(shape), *rest) for name, shape, *rest in header["tensors"]]
         for spec in specs:
             numbers = (*spec.shape, spec.bits, spec.steps)
-            expect(all(type(n) is int and n >= 0 for n in numbers) and spec.bits <= 8 and
-                   (not spec.states or spec.states in TRELLIS_CODES and spec.bits and len(spec.shape) == 2 and not spec.steps) and len(spec.shape) > (1 if spec.bits else -1)
+            expect(all(type(n) is int and n >= 0 for n in numbers) and spec.bits <= 8 and len(spec.shape) > (1 if spec.bits else -1)
                    and math.prod(spec.shape) > 0 and math.prod(spec.shape) % (spec.steps or 1) == 0, f"header ({spec})")
+            expect(not spec.states or spec.states in TRELLIS_CODES and spec.bits > 0 and len(spec.shape) == 2 and not spec.steps,
+                   f"header (states of {spec})")
         expect(sum(math.prod(spec.shape) for spec in specs) <= LARGEST_MODEL, "header (more values than a model can have)")
         streams, at = {}, ARTIFACT_HEAD.size + length
         for name, size, checksum_ in header["streams"]:

@@ -7,8 +7,8 @@
 Chunk, live tokens and learning rate of the cached protocol are chosen on --tune-documents other documents: the lowest
 loss among the settings of GRID that reach --floor tokens a second there. Both protocols then read the same --documents,
 per-document adapters only (--phases N: with N global phases). Seconds include everything but loading and the warm-up,
-whose seconds are given. Model settings come from the environment, as for train_gpt.py, but with --checkpoint PARALLEL_START_LAYER is 8 unless it
-says otherwise (the checkpoint of the specification).
+whose seconds are given. Model settings come from the environment, as for train_gpt.py, but with --checkpoint
+PARALLEL_START_LAYER is 8 unless it says otherwise (the checkpoint of the specification).
 """
 
 import argparse
