@@ -3274,42 +3274,50 @@ def code_rows(coder: SymbolCoder, rows: list[np.ndarray] | None, steps: list[np.
     return coder.integers(None if plain is None else plain + shift, len(shift)) - shift
 
 
-def code_all(coder: SymbolCoder, specs: list[Spec], coded: dict[str, IntTensor | HalfTensor] | None) -> dict[str, IntTensor | HalfTensor]:
-    """Everything, role by role. Writing: `coded` goes out; reading: coded is None and comes back."""
-    out, groups = {}, {}
+def code_all(open_coder: Callable[[str], SymbolCoder], specs: list[Spec],
+             coded: dict[str, IntTensor | HalfTensor] | None) -> dict[str, IntTensor | HalfTensor]:
+    """Everything, role by role. Writing: `coded` goes out; reading: coded is None and comes back.
+
+    The integers of each role have a stream of their own, coded by a thread of its own.
+    """
+    out, groups, waiting, coder = {}, {}, [], open_coder("all")
+    together = lambda parts: None if parts is None else np.concatenate([np.ravel(p) for p in parts])
+    split = lambda whole, sizes: np.split(whole, np.cumsum(sizes)[:-1])
     for spec in specs:
         groups.setdefault((bool(spec.bits), coding_group(spec.name), spec.states), []).append(spec)
-    for (is_int, _, states), group in sorted(groups.items(), key=lambda item: item[0][0]):       # float16 first: it has the paths
-        given = [coded[s.name] for s in group] if coded else None
-        sizes = [s.halves for s in group]
-        together = lambda parts: None if parts is None else np.concatenate([np.ravel(p) for p in parts])
-        split = lambda whole, sizes: np.split(whole, np.cumsum(sizes)[:-1])
-        if not is_int:
-            values = code_halves(coder, together([t.values.numpy() for t in given]) if given else None, sum(sizes))
-            out.update({s.name: HalfTensor(torch.from_numpy(part.copy()).view(s.shape)) for s, part in zip(group, split(values, sizes))})
-            continue
-        steps = split(code_steps(coder, together([t.step.numpy() for t in given]) if given else None, sum(sizes)), sizes)
-        matrices = [t.q.numpy().reshape(len(t.step), -1) for t in given] if given else None
-        scales = [measure_scales(q) for q in matrices] if given else None
-        whole = coder.integers(together([s.whole for s in scales]) if scales else None, len(group))
-        rows = split(code_rows(coder, [s.rows for s in scales] if scales else None, steps), sizes)
-        widths = [math.prod(s.shape) // s.halves for s in group]
-        columns = split(coder.integers(together([s.columns for s in scales]) if scales else None, sum(widths)), widths)
-        paths = [find_path(s.name, width, out) for s, width in zip(group, widths)] if states else []
-        matrices = code_matrices(coder, matrices if given else None, list(map(Scales, whole, rows, columns)), paths, states)
-        for spec, q, step in zip(group, matrices, steps):
-            out[spec.name] = IntTensor(torch.from_numpy(q).view(spec.shape), torch.from_numpy(step.copy()), spec.bits, states)
+    with ThreadPoolExecutor() as pool:
+        for (is_int, role, states), group in sorted(groups.items(), key=lambda item: item[0][0]):   # float16 first: it has the paths
+            given = [coded[s.name] for s in group] if coded else None
+            sizes = [s.halves for s in group]
+            if not is_int:
+                values = code_halves(coder, together([t.values.numpy() for t in given]) if given else None, sum(sizes))
+                out.update({s.name: HalfTensor(torch.from_numpy(part.copy()).view(s.shape))
+                            for s, part in zip(group, split(values, sizes))})
+                continue
+            steps = split(code_steps(coder, together([t.step.numpy() for t in given]) if given else None, sum(sizes)), sizes)
+            matrices = [t.q.numpy().reshape(len(t.step), -1) for t in given] if given else None
+            scales = [measure_scales(q) for q in matrices] if given else None
+            whole = coder.integers(together([s.whole for s in scales]) if scales else None, len(group))
+            rows = split(code_rows(coder, [s.rows for s in scales] if scales else None, steps), sizes)
+            widths = [math.prod(s.shape) // s.halves for s in group]
+            columns = split(coder.integers(together([s.columns for s in scales]) if scales else None, sum(widths)), widths)
+            paths = [find_path(s.name, width, out) for s, width in zip(group, widths)] if states else []
+            waiting.append((group, steps, pool.submit(code_matrices, open_coder(f"{role}/{states}"), matrices,
+                                                      list(map(Scales, whole, rows, columns)), paths, states)))
+        for group, steps, integers in waiting:
+            for spec, step, q in zip(group, steps, integers.result()):
+                out[spec.name] = IntTensor(torch.from_numpy(q).view(spec.shape), torch.from_numpy(step.copy()), spec.bits, spec.states)
     return {spec.name: out[spec.name] for spec in specs}
 
 
 def encode_entropy(coded: dict[str, IntTensor | HalfTensor], _folder: Path) -> dict[str, bytes]:
-    coder = SymbolCoder()
-    code_all(coder, specs_of(coded), coded)
-    return {"all": coder.finish()}
+    coders: dict[str, SymbolCoder] = {}
+    code_all(lambda name: coders.setdefault(name, SymbolCoder()), specs_of(coded), coded)
+    return {name: coder.finish() for name, coder in coders.items()}
 
 
 def decode_entropy(streams: dict[str, bytes], specs: list[Spec], _folder: Path) -> dict[str, IntTensor | HalfTensor]:
-    return code_all(SymbolCoder(streams["all"]), specs, None)
+    return code_all(lambda name: SymbolCoder(streams[name]), specs, None)
 
 
 LRZIP_SECONDS = 900.0       # a stream takes 20 to 100 s
