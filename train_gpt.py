@@ -163,14 +163,14 @@ class Config:
     attn_clip_sigmas: float = knob(13.0, "clip of attention matrices", above=0)
     mlp_clip_sigmas: float = knob(11.5, "clip of MLP matrices", above=0)
     embed_clip_sigmas: float = knob(14.0, "clip of the embedding", above=0)
-    clip_rule: str = knob("hand", "how steps are shared out over rows and tensors (ADAPTIVE_HESSIAN_CLIP=1: adaptive)",
+    clip_rule: str = knob("fisher", "how steps are shared out over rows and tensors (ADAPTIVE_HESSIAN_CLIP=1: adaptive)",
                           choices=("hand", "adaptive", "fisher"))
     adaptive_hessian_clip: bool = knob(False, "clip per tensor from Hessian and variance (PR 1689)")
     hessian_clip_lambda: float = knob(0.0, "weight of row importance in the clip (PR 1412)", at_least=0)
-    quantizer: str = knob("scalar", "rounding inside GPTQ: each weight by itself, or along a trellis of so many states",
+    quantizer: str = knob("trellis32", "rounding inside GPTQ: each weight by itself, or along a trellis of so many states",
                           choices=("scalar", "trellis4", "trellis8", "trellis16", "trellis32", "trellis64"))
-    trellis_lambda: float = knob(0.35, "squared steps that a bit is worth to the trellis", at_least=0)
-    fisher_batches: int = knob(128, "small training batches for the squared gradients", at_least=2)
+    trellis_lambda: float = knob(0.1, "squared steps that a bit is worth to the trellis", at_least=0)
+    fisher_batches: int = knob(64, "small training batches for the squared gradients", at_least=2)
     fisher_row_power: float = knob(0.5, "step ~ sensitivity ^ -this between the rows of a tensor", at_least=0, at_most=1)
     fisher_tensor_power: float = knob(0.5, "the same between tensors", at_least=0, at_most=1)
     fisher_coarsest: float = knob(2.0, "largest step, in hand-set steps: gradients speak of small errors", above=0)

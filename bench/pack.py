@@ -22,11 +22,11 @@ import train_gpt as t  # noqa: E402
 def parts(coded: dict) -> dict[str, int]:
     """Bytes of our coder by what they stand for: the float16 tensors and the steps packed alone, the rest by difference."""
     size = lambda c: sum(map(len, t.encode(c, "entropy").values()))
-    whole = size(coded)
+    classes = {n: x for n, x in coded.items() if n.endswith(t.ORDER_SUFFIX)}
+    whole, paths = size(coded), size(classes) if classes else 0
     halves = size({n: x for n, x in coded.items() if isinstance(x, t.HalfTensor)})
     steps = {n: x for n, x in coded.items() if isinstance(x, t.IntTensor)}
-    flat = {n: x._replace(step=torch.full_like(x.step, 1.0)) for n, x in steps.items()}
-    ints = size(flat)
+    ints = size({n: x._replace(step=torch.full_like(x.step, 1.0)) for n, x in steps.items()} | classes) - paths
     scales = t.SymbolCoder()
     groups: dict[str, list] = {}
     for n, x in steps.items():
@@ -36,7 +36,8 @@ def parts(coded: dict) -> dict[str, int]:
             values = t.np.concatenate([getattr(s, part) for s in group])
             scales.integers(values, len(values))
     side = len(scales.finish())
-    return {"integers": ints - side, "scales of rows and columns": side, "steps": whole - halves - ints, "float16": halves}
+    return {"integers": ints - side, "scales of rows and columns": side, "steps": whole - halves - ints, "float16": halves - paths,
+            "classes of columns": paths}
 
 
 def main() -> int:

@@ -27,8 +27,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as t  # noqa: E402
 
-FISHER = {"clip_rule": "fisher"}
-HAND = {"clip_rule": "hand"}
+FISHER = {"clip_rule": "fisher", "quantizer": "scalar"}
+HAND = {"clip_rule": "hand", "quantizer": "scalar"}
 HALF = {**FISHER, "fisher_row_power": 0.25, "fisher_tensor_power": 0.25}
 LQER = {"lqer_enabled": True}
 T4, T8 = {"quantizer": "trellis4"}, {"quantizer": "trellis8"}
@@ -48,9 +48,9 @@ ROWS = [
     ("hand-set, trellis8 + LQER", {**HAND, **T8, **LQER}),
     ("fisher, trellis4 + LQER", {**FISHER, **T4, **LQER}),
     ("fisher, trellis8 + LQER", {**FISHER, **T8, **LQER}),
-    ("fisher, trellis8, a bit worth 0.2 steps^2", {**FISHER, **T8, "trellis_lambda": 0.2}),
-    ("fisher, trellis8, a bit worth 0.5 steps^2", {**FISHER, **T8, "trellis_lambda": 0.5}),
-    ("fisher, trellis8, half as many batches", {**FISHER, **T8, "fisher_batches": 64}),
+    *((f"fisher, trellis8, lambda {x}", {**FISHER, **T8, "trellis_lambda": x}) for x in (0.0, 0.1, 0.2, 0.35, 0.5)),
+    ("fisher, trellis8, 128 batches", {**FISHER, **T8, "fisher_batches": 128}),
+    ("fisher, trellis32, all its Hessian", {**FISHER, "quantizer": "trellis32", "fisher_hessian": 1.0}),
     ("fisher, trellis8, all its Hessian", {**FISHER, **T8, "fisher_hessian": 1.0}),
     ("fisher, all its Hessian", {**FISHER, "fisher_hessian": 1.0}),
     ("fisher, half its Hessian", {**FISHER, "fisher_hessian": 0.5}),
@@ -66,7 +66,7 @@ ROWS = [
     ("plain fisher row 1/4, tensor 1/4", {**HALF, "statistic": "plain"}),
     ("hand-set, half of Fisher's Hessian", {**HAND, "fisher_hessian": 0.5}),
     ("hand-set + LQER by Hessian", {**HAND, **LQER, "lqer_pick": "hessian"}),
-    ("adaptive (PR 1962)", {"clip_rule": "adaptive"}),
+    ("adaptive (PR 1962)", {**HAND, "clip_rule": "adaptive"}),
     ("hand-set, lambda 0.175 (PR 1412)", {**HAND, "hessian_clip_lambda": 0.175}),
     ("hand-set, mixed precision", {**HAND, "mixed_precision_hessian": True}),
 ]
