@@ -4519,7 +4519,8 @@ def hessian_report(quantizer: Quantizer, coded: dict[str, IntTensor | HalfTensor
             out[f"{name}:rows"] = row_importance(w, h)
             out[f"{name}:std"] = w.float().std(dim=1)
             out[f"{name}:step"] = coded[name].step
-            out[f"{name}:sigma"] = (coded[name].step.float() * largest(quantizer.bits[name]) / w.float().std(dim=1).clamp_min(1e-12).cpu())
+            reach = quantizer.union * largest(quantizer.bits[name])
+            out[f"{name}:sigma"] = coded[name].step.float() * reach / w.float().std(dim=1).clamp_min(1e-12).cpu()
             out[f"{name}:error"] = torch.tensor(quantizer.errors[name])
             out[f"{name}:bits"] = torch.tensor(coded[name].bits)
             if name in quantizer.known.sensitivity:

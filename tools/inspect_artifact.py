@@ -34,11 +34,11 @@ def inspect(path: Path) -> dict:
         row = {"name": name, "shape": list(x.q.shape if isinstance(x, t.IntTensor) else x.values.shape)}
         if isinstance(x, t.IntTensor):
             q = x.q.numpy().astype(np.int64).reshape(-1)
-            entropy = t.entropy_bits(np.bincount(q + 128, minlength=256)) / max(q.size, 1)
-            row |= {"bits": x.bits, "entropy_bits": round(entropy, 4), "largest": int(np.abs(q).max(initial=0)),
+            entropy = 8 * t.entropy_bytes({name: x}) / max(q.size, 1)
+            row |= {"bits": x.bits, "states": x.states, "entropy_bits": round(entropy, 4), "largest": int(np.abs(q).max(initial=0)),
                     "median_step": float(np.median(x.step.numpy().astype(np.float64)))}
         else:
-            row |= {"bits": 16, "entropy_bits": None, "largest": float(x.values.float().abs().max()), "median_step": None}
+            row |= {"bits": 16, "states": 0, "entropy_bits": None, "largest": float(x.values.float().abs().max()), "median_step": None}
         tensors.append(row)
     integers = sum(math.prod(r["shape"]) for r in tensors if r["entropy_bits"] is not None)
     entropy_bytes = t.entropy_bytes(coded)
@@ -58,12 +58,12 @@ def table(report: dict) -> str:
              f"integers {report['integers']:,} ({report['bits_per_integer']} bits each, all bytes counted), order-0 entropy "
              f"{report['order0_entropy_bytes']:,} bytes, float16 values {report['float16_values']:,}",
              "bytes: " + ", ".join(f"{name} {size:,}" for name, size in {"header": report["header_bytes"], **report["streams"]}.items()),
-             f"model: {model}", f"{'tensor':34} {'shape':>14} {'bits':>4} {'entropy':>8} {'largest':>9} {'median step':>12}"]
+             f"model: {model}", f"{'tensor':34} {'shape':>14} {'bits':>4} {'states':>6} {'entropy':>8} {'largest':>9} {'median step':>12}"]
     for row in report["tensors"]:
         entropy = "" if row["entropy_bits"] is None else f"{row['entropy_bits']:.3f}"
         step = "" if row["median_step"] is None else f"{row['median_step']:.3e}"
-        shape = "x".join(map(str, row["shape"]))
-        lines.append(f"{row['name']:34} {shape:>14} {row['bits']:>4} {entropy:>8} {row['largest']:>9.4g} {step:>12}")
+        shape, states = "x".join(map(str, row["shape"])), row["states"] or ""
+        lines.append(f"{row['name']:34} {shape:>14} {row['bits']:>4} {states:>6} {entropy:>8} {row['largest']:>9.4g} {step:>12}")
     return "\n".join(lines)
 
 
