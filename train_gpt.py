@@ -696,9 +696,10 @@ def check_replicas(run: Run, stage: str, tensors: list[Tensor], step: int = 0):
         rows = [tuple(row) for row in run.world.sum(table).tolist()]
     usual = max(rows, key=rows.count)
     others = {rank: row for rank, row in enumerate(rows) if row != usual}
-    run.log(f"parameters_checksum stage:{stage} ranks:{len(rows)} step:{usual[1]} crc32:{usual[0]:08x} equal:{int(not others)}")
+    at = f" step:{usual[1]}" if step else ""
+    run.log(f"parameters_checksum stage:{stage} ranks:{len(rows)}{at} crc32:{usual[0]:08x} equal:{int(not others)}")
     if others:
-        known = ", ".join(f"rank {rank} has {crc:08x} at step {at}" for rank, (crc, at) in others.items())
+        known = ", ".join(f"rank {rank} has {crc:08x} at step {there}" for rank, (crc, there) in others.items())
         raise UserError(f"the ranks have different parameters ({stage}): {known}, expected {usual[0]:08x} at step {usual[1]}", code=1)
 
 
