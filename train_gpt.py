@@ -426,7 +426,7 @@ class LifeSigns:
 
     def __init__(self, rank: int, size: int):
         self.rank, self.others = rank, [r for r in range(size) if r != rank]
-        self.say = lambda text: print(text, file=sys.stderr, flush=True)
+        self.log: Log | None = None
         self.store = dist.PrefixStore("signs", dist.distributed_c10d._get_default_store().clone())
         try:        # process ids mean something only here: same machine, same namespace
             self.place = f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
@@ -454,7 +454,10 @@ class LifeSigns:
             if not lost:
                 return
             if self.rank < min(set(self.others) - set(lost), default=self.rank + 1):
-                self.say("error: " + ", ".join(lost.values()) + ": no rank can go on without it")
+                line = "error: " + ", ".join(lost.values()) + ": no rank can go on without it"
+                print(line, file=sys.stderr, flush=True)
+                if self.log:
+                    self.log(line, console=False)
             time.sleep(3)                   # until all have looked: the first to leave must not pass for lost
             os._exit(1)
 
@@ -4668,8 +4671,8 @@ def main() -> int:
         world = World()
         folder = Path(config.artifact_dir) if config.artifact_dir else Path("logs")
         log = world.together(lambda: Log(folder / f"{config.run_id}.txt", quiet=world.rank != 0))
-        if world.life and world.rank == 0:
-            world.life.say = log
+        if world.life:
+            world.life.log = log
         for line in warnings:
             log(line)
         pipeline(config, world, log)
