@@ -427,7 +427,9 @@ class LifeSigns:
     def __init__(self, rank: int, size: int):
         self.rank, self.others = rank, [r for r in range(size) if r != rank]
         self.log: Log | None = None
-        self.store = dist.PrefixStore("signs", dist.distributed_c10d._get_default_store().clone())
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
+        attempt = [os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT")]      # one store may serve several
+        self.store = dist.PrefixStore("/".join(("signs", *attempt)), store)
         try:        # process ids mean something only here: same machine, same namespace
             self.place = f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
         except OSError:
