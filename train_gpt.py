@@ -415,8 +415,106 @@ REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+class LifeSigns:
+    """Ends this process when another rank is lost: gloo reports that as any of many errors, NCCL waits for ever.
+
+    A thread signs in the store every two seconds and reads the others' signs. A rank is lost when its process has ended
+    without closing (seen at once on the same machine) or has not signed for SILENCE seconds. The lowest rank that is left
+    says so in one line, and all leave with code 1. The connection to the store is its own: the other may be waiting.
+    """
+    SILENCE = 45.0
+
+    def __init__(self, rank: int, size: int):
+        self.rank, self.others = rank, [r for r in range(size) if r != rank]
+        self.log: Log | None = None
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
+        attempt = [os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT")]      # one store may serve several
+        self.store = dist.PrefixStore("/".join(("signs", *attempt)), store)
+        try:        # process ids mean something only here: same machine, same namespace
+            self.place = f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
+        except OSError:
+            self.place = ""
+        self.turn = self.failures = 0
+        self.sign()
+        self.seen = {r: (self.store.get(str(r)).decode(), time.monotonic()) for r in self.others}       # waits for their first
+        self.finished, self.lock = threading.Event(), threading.Lock()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+
+    def sign(self):
+        self.turn += 1
+        self.store.set(str(self.rank), f"{self.turn} {os.getpid()} {self.place}")
+
+    def watch(self):
+        while not self.finished.wait(2.0):
+            self.look()
+
+    def look(self):
+        """Sign, read the others' signs, and end this process if one of them is lost."""
+        with self.lock:
+            lost = self.lost()
+            if not lost:
+                return
+            if self.rank < min(set(self.others) - set(lost), default=self.rank + 1):
+                line = "error: " + ", ".join(lost.values()) + ": no rank can go on without it"
+                print(line, file=sys.stderr, flush=True)
+                if self.log:
+                    self.log(line, console=False)
+            time.sleep(3)                   # until all have looked: the first to leave must not pass for lost
+            os._exit(1)
+
+    def lost(self) -> dict[int, str]:
+        """Lost ranks and what is known of each."""
+        dead = {rank for rank in self.others if not self.lives(self.seen[rank][0])}         # before reading: it may close now
+        now = time.monotonic()
+        try:
+            self.sign()
+            for rank in self.others:
+                sign = self.store.get(str(rank)).decode()
+                if sign != self.seen[rank][0]:
+                    self.seen[rank] = sign, now
+            self.failures = 0
+        except RuntimeError as e:           # the store went with the process that kept it, at the end perhaps
+            self.failures += 1
+            if self.failures == 1:
+                return {}
+            if not dead:
+                return {0: f"the store of the ranks is gone ({str(e).splitlines()[0][:80]})"}
+        out = {rank: f"rank {rank} is gone" for rank in sorted(dead) if self.seen[rank][0] != "finished"}
+        silent = {rank: now - at for rank, (sign, at) in self.seen.items() if sign != "finished" and now - at > self.SILENCE}
+        return out | {rank: f"rank {rank} has not answered for {seconds:.0f} s" for rank, seconds in silent.items() if rank not in out}
+
+    def lives(self, sign: str) -> bool:
+        """False if the sign is that of a process of this machine that has ended."""
+        _, pid, place = [*sign.split(" ", 2), "", "", ""][:3]
+        if not self.place or place != self.place:
+            return True
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+        except OSError:
+            return False
+
+    def explain(self, error: RuntimeError):
+        """A collective failed: if a rank is lost, this does not return. Else raises the error."""
+        words = ("connection", "peer", "socket", "broken pipe", "reset", "nccl", "timed out", "timeout")
+        if any(word in str(error).lower() for word in words):
+            for number in STOP_SIGNALS:     # the launcher's signal must not come between
+                signal.signal(number, signal.SIG_IGN)
+            time.sleep(self.SILENCE + 5)
+        raise error
+
+    def close(self, finished: bool):
+        """finished: the others need not wait for this rank."""
+        self.finished.set()
+        self.thread.join()
+        with contextlib.suppress(RuntimeError):
+            if finished:
+                self.store.set(str(self.rank), "finished")
+
+
 class World:
     """The ranks of this run. On one process every collective costs nothing; CPU tensors go through gloo."""
+    life: LifeSigns | None = None
 
     def __init__(self):
         env = os.environ
@@ -436,6 +534,8 @@ class World:
             self.device = torch.device("cpu")
         if "RANK" in env:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        if self.size > 1:
+            self.life = LifeSigns(self.rank, self.size)
 
     def sum(self, t: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
         """In-place all-reduce; returns t."""
@@ -477,7 +577,9 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def close(self):
+    def close(self, finished: bool = True):
+        if self.life:
+            self.life.close(finished)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -583,6 +685,27 @@ def checksum(tensors: dict[str, Tensor], state: dict) -> int:
         crc = zlib.crc32(f"{name} {t.dtype} {list(t.shape)}".encode(), crc)
         crc = zlib.crc32(t.reshape(-1).view(torch.uint8).numpy(), crc)      # reshape first: a 0-dim tensor has no byte view
     return crc
+
+
+def check_replicas(run: Run, stage: str, tensors: list[Tensor], step: int = 0):
+    """Log one checksum over the bytes of these tensors, which all ranks must hold alike, at the same step. UserError if not.
+
+    Tensor by tensor through the CPU: for 36 M parameters and their average 0.3 s, in no budget.
+    """
+    with run.ledger.stage("checksum"):
+        crc = 0
+        for t in tensors:
+            crc = zlib.crc32(t.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy(), crc)
+        table = torch.zeros(run.world.size, 2, dtype=torch.int64)
+        table[run.world.rank] = torch.tensor([crc, step])
+        rows = [tuple(row) for row in run.world.sum(table).tolist()]
+    usual = max(rows, key=rows.count)
+    others = {rank: row for rank, row in enumerate(rows) if row != usual}
+    at = f" step:{usual[1]}" if step else ""
+    run.log(f"parameters_checksum stage:{stage} ranks:{len(rows)}{at} crc32:{usual[0]:08x} equal:{int(not others)}")
+    if others:
+        known = ", ".join(f"rank {rank} has {crc:08x} at step {there}" for rank, (crc, there) in others.items())
+        raise UserError(f"the ranks have different parameters ({stage}): {known}, expected {usual[0]:08x} at step {usual[1]}", code=1)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], state: dict):
@@ -3996,52 +4119,17 @@ def global_step(run: Run, model: GPT, stream: np.ndarray, a: int, b: int, parame
 
 
 class Crew:
-    """What ranks share while each reads at its own pace, in torch.distributed's store: a queue, barriers, sums, life signs.
-
-    A thread on every rank signs every two seconds and reads the others' signs. A rank that has not signed for
-    SILENCE seconds is lost: whoever waits raises UserError, whoever hangs in a collective is ended.
-    """
-    SILENCE = 30.0
+    """What ranks share while each reads at its own pace, in torch.distributed's store: a queue, barriers, sums, a stop."""
     count = 0           # crews so far in this process: each has its own names in the store
 
     def __init__(self, world: World):
-        self.world, self.lost, self.finished = world, "", threading.Event()
+        self.world = world
         Crew.count += 1
-        if world.size > 1:
-            self.store = dist.PrefixStore(f"ttt/{Crew.count}", dist.distributed_c10d._get_default_store())
-            self.thread = threading.Thread(target=self.watch, daemon=True)
-            self.thread.start()
-        else:
-            self.store = dist.HashStore()
-
-    def watch(self):
-        seen, turn, noticed = {}, 0, 0.0
-        while not self.finished.wait(2.0):
-            try:
-                turn += 1
-                self.store.set(f"sign/{self.world.rank}", str(turn))
-                now = time.monotonic()
-                for rank in set(range(self.world.size)) - {self.world.rank}:
-                    sign = self.store.get(f"sign/{rank}") if self.store.check([f"sign/{rank}"]) else b""
-                    if seen.setdefault(rank, (sign, now))[0] != sign:
-                        seen[rank] = (sign, now)
-                    if sign != b"finished" and now - seen[rank][1] > self.SILENCE:
-                        self.lost = f"rank {rank} has not answered for {now - seen[rank][1]:.0f} s"
-            except RuntimeError as e:                   # the store went with the rank that kept it
-                self.lost = f"the store of the ranks is gone ({str(e).splitlines()[0][:80]})"
-            if self.lost and not noticed:
-                noticed = time.monotonic()
-                print(f"error: rank {self.world.rank}: {self.lost}", file=sys.stderr, flush=True)
-            if self.lost and time.monotonic() - noticed > 10:
-                os._exit(1)
-
-    def check(self):
-        if self.lost:
-            raise UserError(f"test-time training stopped: {self.lost}", code=1)
+        self.store = (dist.PrefixStore(f"ttt/{Crew.count}", dist.distributed_c10d._get_default_store()) if world.size > 1
+                      else dist.HashStore())
 
     def take(self, phase: int) -> int:
         """The next number 0, 1, 2, ... of a phase's queue: each goes to one rank."""
-        self.check()
         return self.store.add(f"queue/{phase}", 1) - 1
 
     def meet(self, label: str):
@@ -4050,7 +4138,6 @@ class Crew:
             return
         self.store.add(f"meet/{label}", 1)
         while self.store.add(f"meet/{label}", 0) < self.world.size:
-            self.check()
             time.sleep(0.02)
 
     def stopping(self, signal_number: int) -> bool:
@@ -4067,13 +4154,6 @@ class Crew:
         """The sums that all ranks have published."""
         keys = [f"sums/{rank}" for rank in range(self.world.size)]
         return sum((Sums(*json.loads(self.store.get(key))) for key in keys if self.store.check([key])), Sums())
-
-    def close(self):
-        if self.world.size > 1 and not self.finished.is_set():
-            self.finished.set()
-            self.thread.join()
-            with contextlib.suppress(RuntimeError):
-                self.store.set(f"sign/{self.world.rank}", "finished")
 
 
 class Deadline:
@@ -4125,7 +4205,8 @@ class Adaptation:
             row = min(self.c.val_batch_tokens // 8 // longest, -(-int((windows[:, 1] - windows[:, 0]).sum()) // longest)) * longest
             more = sum_windows(self.run, self.model, self.data, pack_windows(windows, row), row, Segments(None, longest), self.name)
             if not math.isfinite(more.nats):
-                raise UserError(f"{self.name}: the loss without adapters is {more.nats} too: the model is not usable", code=1)
+                raise UserError(f"{self.name}: the loss without adapters is {more.nats} too: the model is not usable", code=1,
+                                everywhere=False)
             self.mine, self.plain = self.mine + more, []
 
     def read_batch(self, batch: DocumentBatch, adapters: DocumentAdapters, stop: Callable[[int], bool]) -> Sums:
@@ -4165,7 +4246,7 @@ class Adaptation:
         return not self.adapting
 
     def score(self) -> Score:
-        """Everything, in phases. Raises UserError on a signal (code 130) and when a rank is lost."""
+        """Everything, in phases. Raises UserError on a signal (code 130)."""
         run, world, start = self.run, self.run.world, time.perf_counter()
         documents, boundaries = np.concatenate([b.documents for b in self.batches]), [p.documents for p in self.phases[:-1]]
         prefix = max(boundaries, default=0)
@@ -4184,14 +4265,8 @@ class Adaptation:
                     done, seconds = sum(len(b.documents) for b in self.batches[: phase.last]), time.perf_counter() - start
                     run.log(f"ttpp: phase:{number + 1}/{len(boundaries)} pd:{done} gd:{phase.documents} t:{seconds:.1f}s")
                     self.train_globally(documents[: phase.documents], self.batches[phase.last:])
-            self.crew.close()
             total = sum_over_ranks(run, self.data, self.mine, self.name)
-        except (RuntimeError, dist.DistError) as e:
-            if world.size > 1 and any(word in str(e).lower() for word in ("connection", "peer", "socket", "broken pipe", "reset")):
-                raise UserError(f"test-time training stopped: a rank is gone ({str(e).splitlines()[0][:100]})", code=1) from None
-            raise
         finally:
-            self.crew.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         return Score(total.loss, total.bpb, total.tokens, time.perf_counter() - start)
@@ -4337,6 +4412,7 @@ def train(run: Run, model: GPT, inputs: Inputs) -> dict[str, Tensor]:
     if run.world.device.type == "cuda":
         peak, held = (f() >> 20 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved))
         run.log(f"peak memory allocated: {peak} MiB reserved: {held} MiB")
+    check_replicas(run, "train", [*model.parameters(), *trainer.ema], trainer.step)
     with run.ledger.stage("ema", "train"):
         weights = trainer.average()
         import_weights(model, weights)
@@ -4536,6 +4612,7 @@ def score_artifact(run: Run, model: GPT, path: Path, data: Validation):
     with run.ledger.stage("unpack", "eval"):
         coded = run.world.together(lambda: read_artifact(path, run.config))
         import_weights(model, restore(coded), str(path))
+    check_replicas(run, "quantized", list(model.parameters()))
     with run.ledger.stage("eval_quantized", "eval"):
         plain = evaluate(run, model, data, "quantized")
         log_score(run, "diagnostic quantized", plain)
@@ -4550,6 +4627,7 @@ def score_artifact(run: Run, model: GPT, path: Path, data: Validation):
         with run.ledger.stage("eval_ttt", "eval"):
             rate = plain.tokens / plain.seconds / run.world.size
             log_score(run, name, evaluate_adapted(run, model, data, name, began, rate))
+        check_replicas(run, "ttt", list(model.parameters()))
     run.ledger.close("eval")
 
 
@@ -4585,6 +4663,7 @@ def pipeline(config: Config, world: World, log: Log):
 
 def main() -> int:
     world = log = config = None
+    finished = False
     for number in STOP_SIGNALS:
         signal.signal(number, stop_now)
     try:
@@ -4595,10 +4674,16 @@ def main() -> int:
         world = World()
         folder = Path(config.artifact_dir) if config.artifact_dir else Path("logs")
         log = world.together(lambda: Log(folder / f"{config.run_id}.txt", quiet=world.rank != 0))
+        if world.life:
+            world.life.log = log
         for line in warnings:
             log(line)
         pipeline(config, world, log)
+        finished = True
     except UserError as e:
+        finished = e.everywhere
+        if world and world.life and e.code == 130:      # a launcher stops the others when one has died
+            world.life.look()
         message = " ".join(str(e).splitlines())
         if log:
             log(f"error: {message}")
@@ -4607,9 +4692,13 @@ def main() -> int:
         elif os.environ.get("RANK", "0") == "0" or (config and not world):      # what every rank finds is said once
             print(f"error: {message}", file=sys.stderr)
         return e.code
+    except RuntimeError as e:
+        if world and world.life:
+            world.life.explain(e)
+        raise
     finally:
         if world:
-            world.close()
+            world.close(finished)
     return 0
 
 

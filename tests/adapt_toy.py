@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -77,7 +78,7 @@ def worker():
     """One rank: reads WORKER (JSON list of tasks: sizes, settings, what goes wrong), prints a line for each."""
     world = tg.World()
     log = tg.Log(None, quiet=world.rank != 0)
-    tg.Crew.SILENCE = 4.0
+    world.life.SILENCE = 4.0
     for task in json.loads(os.environ["WORKER"]):
         run, model = setting(**task["settings"])
         run = run._replace(world=world, log=log, ledger=tg.Ledger(log, world, 0))
@@ -86,7 +87,7 @@ def worker():
             time.sleep(task.get("pause", 0))            # noqa: B023
             print("BANKED", flush=True)
             if task.get("kill") == world.rank and chunk == 1:       # noqa: B023
-                os._exit(9)
+                os.kill(os.getpid(), signal.SIGKILL if task.get("how") != "stop" else signal.SIGSTOP)       # noqa: B023
         try:
             score = tg.evaluate_adapted(run, model, documents(task["sizes"]), "quantized_ttt_phased", time.perf_counter(), 1e9, bank)
             weights = float(sum(p.detach().double().sum() for p in model.parameters()))
@@ -94,6 +95,8 @@ def worker():
         except tg.UserError as e:
             print("USERERROR", e, flush=True)
             os._exit(e.code)
+        except RuntimeError as e:
+            world.life.explain(e)
     world.close()
 
 

@@ -44,6 +44,7 @@ def run(out: Path, size: int, rank: int, store: str):
         result["tokens"].append(np.concatenate([spans.next()[0] for _ in range(trainer.accumulate)]))
     batches.close()
     result["weights"] = [p.detach().clone() for p in trainer.model.parameters()]
+    result["replicas"] = [replicas(r, trainer, change, world) for change in ("nothing", "parameter", "average", "step")]
     result["ema"] = [e.clone() for e in trainer.ema]
     trainer.clock = tg.Clock(world, 0.0)
     trainer.save(batches.cursor)
@@ -80,6 +81,23 @@ def run(out: Path, size: int, rank: int, store: str):
     torch.save(result, out / f"{size}_{rank}.pt")
     world.sum(torch.zeros(1))
     torch.distributed.destroy_process_group()
+
+
+def replicas(r: tg.Run, trainer: tg.Trainer, change: str, world: tg.World) -> tuple[str, str | None]:
+    """The checksum's line after `change` on the last rank, and the error, if any. The change is undone."""
+    last = world.rank == world.size - 1
+    target = {"parameter": list(trainer.model.parameters())[-1].data, "average": trainer.ema[0]}.get(change)
+    bits = None if target is None else target.view(-1)[-1:].view(torch.int32)
+    try:
+        if last and bits is not None:
+            bits ^= 1                   # the least significant bit of one number
+        tg.check_replicas(r, "train", [*trainer.model.parameters(), *trainer.ema], STEPS + (last and change == "step"))
+        error = None
+    except tg.UserError as e:
+        error = str(e)
+    if last and bits is not None:
+        bits ^= 1
+    return next(line for line in reversed(r.log.lines) if line.startswith("parameters_checksum")), error
 
 
 def main() -> int:

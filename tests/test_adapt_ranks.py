@@ -72,13 +72,28 @@ def test_ranks_agree_with_one(size):
     assert [score[2] for score in got[0][3:]] == [sum(task["sizes"]) - 1 for task in FEW]
 
 
+def end_of_the_other(victim: int, how: str) -> str:
+    """The one line of the rank that is left when the victim is killed or stopped in its second chunk."""
+    processes = start(2, {"settings": {"TTT_BATCH_SIZE": 2}, "kill": victim, "how": how, "pause": 0.2})
+    out = processes[1 - victim].communicate(timeout=60)
+    assert processes[1 - victim].returncode == 1, out
+    processes[victim].kill()
+    processes[victim].communicate()
+    assert not any("Traceback" in text for text in out), out
+    lines = [line for line in "\n".join(out).splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, out
+    return lines[0]
+
+
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_the_others(victim):
-    """Killed without a word in its second chunk: the other says so within a minute and leaves with code 1."""
-    results = finish(start(2, {"settings": {"TTT_BATCH_SIZE": 2}, "kill": victim, "pause": 0.2}))
-    assert results[victim][0] == 9
-    code, text = results[1 - victim]
-    assert code == 1 and ("has not answered" in text or "is gone" in text), (code, text)
+def test_a_killed_rank_ends_the_other(victim):
+    """No launcher here that would stop it."""
+    assert f"rank {victim} is gone" in end_of_the_other(victim, "kill")
+
+
+def test_a_rank_that_hangs_ends_the_other():
+    """Its process is there and says nothing."""
+    assert "rank 1 has not answered for" in end_of_the_other(1, "stop")
 
 
 def test_sigterm_prints_the_partial_score():

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -448,6 +449,51 @@ def test_torchrun_on_two_processes(demo, toy_data, tmp_path):
     for label in ("diagnostic pre-quantization post-ema", "diagnostic quantized"):
         assert bpb(two, label) == pytest.approx(bpb(one.stdout.splitlines(), label), abs=2e-3)     # float32 sums in another order
     assert set(files(tmp_path / "out")) == set(files(tmp_path / "one"))
+
+
+def torchrun(settings, ranks=2) -> subprocess.Popen:
+    environment = {**toy.clean_environment(), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **settings}
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(toy.SCRIPT)],
+                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def rank_process(launcher: subprocess.Popen, rank: int) -> int:
+    """The process id of one of the launcher's ranks."""
+    for pid in map(int, Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()):
+        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return pid
+    raise AssertionError(f"no rank {rank}")
+
+
+KILLED = {"MAX_WALLCLOCK_SECONDS": "0", "WARMUP_STEPS": "0", "GRAD_ACCUM_STEPS": "1", "TRAIN_LOG_EVERY": "1"}
+
+
+@pytest.mark.parametrize("until, victim, change", [
+    ("9/100000 train_loss", 1, {"ITERATIONS": "100000", "CHECKPOINT_EVERY": "4", "PREQUANT_ONLY": "1"}),
+    ("9/100000 train_loss", 0, {"ITERATIONS": "100000"}),
+    ("GPTQ:collecting", 1, {"GPTQ_CALIBRATION_BATCHES": "400"}),
+    ("ttp: ", 1, {"TTT_ENABLED": "1", "TTT_BATCH_SIZE": "1", "TTT_EVAL_SEQ_LEN": "48", "TTT_LORA_RANK": "4"})])
+def test_a_killed_rank_ends_the_run_with_one_line(settings, monkeypatch, capsys, until, victim, change):
+    """In training, in GPTQ, in test-time training, under the launcher, which stops the others as soon as one has died."""
+    launcher = torchrun({**settings, **KILLED, **change})
+    lines = []
+    for line in launcher.stdout:
+        lines.append(line)
+        if line.startswith(until):
+            break
+    assert launcher.poll() is None, lines[-20:]
+    os.kill(rank_process(launcher, victim), signal.SIGKILL)
+    killed = time.monotonic()
+    rest = launcher.communicate(timeout=60)[0].splitlines()
+    assert launcher.returncode != 0 and time.monotonic() - killed < 60
+    said = [line for line in rest if line.startswith("error: ")]
+    assert said == [f"error: rank {victim} is gone: no rank can go on without it"], rest
+    log = (Path(settings["ARTIFACT_DIR"]) / "run.txt").read_text().splitlines()
+    assert (said[0] in log) == (victim != 0) and not any(line.startswith("run_complete") for line in rest + log)
+    if "CHECKPOINT_EVERY" in change:            # one rank goes on from the checkpoint of the two
+        code, lines = main(monkeypatch, capsys, {**settings, **KILLED, **change, "GRAD_ACCUM_STEPS": "2", "RESUME": "1", "ITERATIONS": "150"})
+        resumed = re.search(r"resumed step:(\d+)", "\n".join(lines))
+        assert code == 0 and 8 <= int(resumed[1]) < 150 and lines[-1].startswith("run_complete")
 
 
 def test_torchrun_with_bad_settings_says_so_once(settings):

@@ -56,7 +56,7 @@ def test_every_knob_is_used_outside_the_table():
 def test_the_environment_is_read_in_few_places():
     """Settings come from the table: only the launcher's variables are read elsewhere."""
     reads = re.findall(r"environ(?:\.get\(|\[)\s*\"([A-Z_]+)\"", SOURCE) + re.findall(r"\benv\.get\(\"?([A-Z_]+)", SOURCE)
-    assert set(reads) <= {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+    assert set(reads) <= {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 
 def test_no_bare_except_and_no_swallowed_finally():

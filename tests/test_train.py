@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,6 +49,20 @@ def ranks(tmp_path_factory):
                           env=toy.clean_environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return {size: [torch.load(out / f"{size}_{rank}.pt", weights_only=False) for rank in range(size)] for size in (1, 2, 3, 4)}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_different_replicas_are_found(ranks, size):
+    """One bit of one parameter or average, or a step more, on one rank: every rank says which."""
+    for rank in range(size):
+        same, *changed = ranks[size][rank]["replicas"]
+        assert re.fullmatch(rf"parameters_checksum stage:train ranks:{size} step:5 crc32:[0-9a-f]{{8}} equal:1", same[0]) and same[1] is None
+        for line, error in changed:
+            if size == 1:
+                assert line.endswith("equal:1") and error is None
+            else:
+                assert line.endswith("equal:0") and f"rank {size - 1} has" in error and error.count("rank ") == 1
+    assert "at step 6, expected" in ranks[max(size, 2)][0]["replicas"][3][1]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

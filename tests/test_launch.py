@@ -1,0 +1,137 @@
+"""launch.sh and its tools: the preconditions one by one, what happens to seeds that fail or are done, the table."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import toy
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import preconditions as pre  # noqa: E402
+import seed_table  # noqa: E402
+from tools_logs import ours  # noqa: E402
+
+
+def launch(*arguments, **settings):
+    environment = {**toy.clean_environment(), "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+                   **{name: str(value) for name, value in settings.items()}}
+    for name in ("SEEDS", "RECIPE", "FORCE"):
+        if name not in settings:
+            environment.pop(name, None)
+    return subprocess.run([str(ROOT / "launch.sh"), *arguments], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_check_without_gpus_names_all_that_is_missing(toy_data, tmp_path):
+    """The full recipe on this data: no GPU, no FlashAttention; what is there is said to be there."""
+    done = launch("--check", NPROC=3, CUDA_VISIBLE_DEVICES="", PATH=f"{tmp_path}:/usr/bin:/bin", DATA_PATH=toy_data, RUNS=tmp_path / "runs",
+                  TOKENIZER_PATH=tmp_path / "no.model", VOCAB_SIZE=toy.VOCAB, ATTENTION_BACKEND="fa3")
+    assert done.returncode == 2 and not (tmp_path / "runs").exists()
+    state = {line[6:].split(":")[0]: line for line in done.stdout.splitlines()[1:]}
+    assert state["gpus"].startswith("FAIL  gpus: 0 visible, 3 needed")
+    assert state["tokenizer"].startswith("FAIL") and "no.model" in state["tokenizer"]
+    assert state["training data"].startswith("warn") and "epochs" in state["training data"]
+    assert all(state[name].startswith("ok") for name in ("torch", "settings", "batch", "validation data", "coder", "disk"))
+    failed = [name for name, line in state.items() if line.startswith("FAIL")]
+    assert done.stderr.splitlines() == [f"error: {len(failed)} preconditions failed: {', '.join(failed)}"]
+
+
+@pytest.mark.parametrize("arguments, settings, words", [
+    (["--chek"], {}, "--chek is unknown"), ([], {"RECIPE": "recipes/none.env"}, "RECIPE=recipes/none.env is missing"),
+    ([], {"SEEDS": "1 x"}, "'x' in SEEDS or NPROC"), (["--check"], {"NPROC": "eight"}, "'eight' in SEEDS or NPROC"),
+    (["--check"], {"PYTHON": "/no/python"}, "PYTHON=/no/python is not a program")])
+def test_bad_input_gets_one_line(arguments, settings, words):
+    done = launch(*arguments, **settings)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr
+
+
+def test_wrong_settings_are_a_failed_check(tmp_path):
+    done = launch("--check", NPROC=2, RUNS=tmp_path, MODEL_DIM="abc")
+    assert done.returncode == 2 and "FAIL  settings: MODEL_DIM='abc'" in done.stdout
+
+
+def rows(reasons="0x0000000000000001"):
+    return lambda query: [["0", "345", "1980", "30", reasons], ["1", "1980", "1980", "31", "0x0"]]
+
+
+@pytest.mark.parametrize("reasons, state, words", [
+    ("0x0000000000000001", "ok", "345 of 1980 MHz"),                   # idle
+    ("0x0000000000000004", "warn", "GPU 0: power cap"), ("0x0000000000000040", "FAIL", "GPU 0: hardware thermal slowdown"),
+    ("0x0000000000000024", "FAIL", "power cap, software thermal slowdown"), ("[N/A]", "ok", "1980 MHz")])
+def test_throttled_gpus(reasons, state, words):
+    found = pre.check_clocks(rows(reasons))
+    assert found.state == state and words in found.text
+
+
+def test_other_processes_on_the_gpus():
+    assert pre.check_others(lambda query: []).state == "ok"
+    found = pre.check_others(lambda query: [["123", "python", "4000"]])
+    assert found.state == "FAIL" and "123 python" in found.text
+
+
+@pytest.mark.parametrize("names, nproc, state", [
+    (["NVIDIA H100 80GB HBM3"] * 8, 8, "ok"), (["NVIDIA H100 80GB HBM3"] * 8, 9, "FAIL"), (["NVIDIA A100"] * 2, 2, "warn"),
+    (["NVIDIA H100 80GB HBM3", "NVIDIA A100"], 2, "FAIL"), (["NVIDIA H100 80GB HBM3", "NVIDIA A100"], 1, "ok")])
+def test_gpus(monkeypatch, names, nproc, state):
+    import torch
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name=names[i], total_memory=80 * 2**30))
+    assert pre.check_gpus(nproc).state == state
+
+
+@pytest.mark.parametrize("version, state", [("2.9.0+cu130", "ok"), ("2.13.1", "ok"), ("2.8.1+cu128", "FAIL"), ("3.0.0", "ok")])
+def test_torch_version(monkeypatch, version, state):
+    import torch
+    monkeypatch.setattr(torch, "__version__", version)
+    assert pre.check_torch().state == state
+
+
+def test_a_full_disk(monkeypatch, tmp_path):
+    monkeypatch.setattr(pre.shutil, "disk_usage", lambda path: SimpleNamespace(free=4.9e9))
+    found = pre.check_free(tmp_path / "not" / "yet", 5.0)
+    assert found.state == "FAIL" and "4.9 GB free" in found.text
+
+
+def test_lrzip_is_missed_only_by_pergroup(toy_data, tmp_path):
+    found = {}
+    for compressor in ("pergroup", "brotli"):
+        done = launch("--check", "--rehearse", NPROC=2, RUNS=tmp_path, PATH=f"{tmp_path}:/usr/bin:/bin", COMPRESSOR=compressor,
+                      **{name: value for name, value in toy.data_env(toy_data, tmp_path).items() if name != "COMPRESSOR"})
+        found[compressor] = next(line for line in done.stdout.splitlines() if " coder: " in line)
+    assert found["brotli"].startswith("ok")
+    assert found["pergroup"].startswith("ok") if os.access("/usr/bin/lrzip", os.X_OK) else "lrzip" in found["pergroup"]
+
+
+def test_the_table(tmp_path, capsys):
+    paths = []
+    for seed, steps in ((42, 4800), (0, 5000)):
+        paths.append(tmp_path / f"seed{seed}.txt")
+        paths[-1].write_text(ours(seed, steps=steps, bpb=1.05 + seed / 1000))
+    assert seed_table.main(list(map(str, paths))) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[1].split()[:2] == ["42", "4,800"] and out[2].split()[:2] == ["0", "5,000"]
+    assert out[3].split()[:2] == ["mean", "4,900"] and "1.07100" in out[3]
+    assert out[4].split()[:3] == ["published", "–", "121.7"] and "0.02970 (n=2)" in out[5]
+
+
+def test_seeds_fail_alone_and_finished_ones_stay(toy_data, tmp_path):
+    """A seed that fails does not stop the rest; one that has finished is not run again; the rest of an unfinished run moves aside."""
+    settings = toy.data_env(toy_data, tmp_path, COMPRESSOR="brotli", TTT_ENABLED=0, ITERATIONS=2)
+    for name in ("ARTIFACT_DIR", "RUN_ID"):
+        del settings[name]
+    runs = tmp_path / "runs"
+    options = dict(settings, NPROC=1, SEEDS="1 2", RUNS=runs, AUTHOR="a", GITHUB_ID="b")
+    (runs / "seed2").mkdir(parents=True)
+    (runs / "seed2" / "seed2.txt").write_text("1/2 train_loss: 1.0\n")
+    done = launch("--rehearse", **{**options, "SEEDS": "99999999999999999999 1"})
+    assert done.returncode == 1 and "error: seed 99999999999999999999 failed: error: SEED=" in done.stderr, done.stdout[-2000:] + done.stderr
+    assert "seeds failed: 99999999999999999999 of" in done.stderr
+    log = (runs / "seed1" / "seed1.txt").read_bytes()
+    assert b"run_complete" in log and list((runs / "record").rglob("submission.json"))
+    done = launch("--rehearse", **options)
+    assert done.returncode == 0 and "seed 1 has finished before" in done.stdout, done.stdout[-2000:] + done.stderr
+    assert (runs / "seed1" / "seed1.txt").read_bytes() == log and "run_complete" in (runs / "seed2" / "seed2.txt").read_text()
+    assert len(list(runs.glob("seed2.before-*"))) == 1
