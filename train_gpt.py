@@ -24,6 +24,7 @@ import inspect
 import json
 import lzma
 import math
+import mmap
 import os
 import platform
 import queue
@@ -248,6 +249,7 @@ class Config:
     fused_ce_enabled: bool = knob(True, "fused softcap + cross-entropy kernel")
     kernels_off: str = knob("", "fast kernels to replace by their references (comma list, or all)")
     compile_enabled: bool = knob(True, "torch.compile on CUDA")
+    deterministic: bool = knob(False, "on CUDA too, one seed always gives the same numbers (as many steps: MAX_WALLCLOCK_SECONDS=0)")
 
     @property
     def head_dim(self) -> int:
@@ -344,7 +346,7 @@ def allowed_values(f) -> str:
         return "0 or 1"
     if "choices" in m:
         return "one of " + ", ".join(m["choices"])
-    noun = {"int": "a whole number", "float": "a number", "str": "text"}[f.type]
+    noun = {"int": "a whole number", "float": "a number", "str": "UTF-8 text"}[f.type]
     limits = [f"{word} {m[key]}" for key, word in (("at_least", ">="), ("above", ">"), ("at_most", "<=")) if key in m]
     return " ".join([noun, " and ".join(limits)]).strip()
 
@@ -353,6 +355,7 @@ def parse_knob(f, text: str):
     """One environment value -> the knob's type, within its limits; raises UserError naming variable and limits."""
     m = f.metadata
     try:
+        text.encode()                   # the log is UTF-8: a ValueError here for bytes that are not
         if f.type == "bool":
             value = {"0": False, "1": True, "false": False, "true": True}[text.strip().lower()]
         else:
@@ -592,7 +595,7 @@ class Log:
         if path and not quiet:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self.file = open(path, "a", buffering=1)
+                self.file = open(path, "a", buffering=1, encoding="utf-8")
             except OSError as e:
                 raise UserError(f"cannot write the log {path}: {e.strerror}") from None
 
@@ -673,9 +676,30 @@ def write_atomically(path: Path, data: bytes):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
+        raise UserError(f"cannot write {path} ({len(data):,} bytes): {e.strerror}") from None
+    finally:                                # also when a signal's UserError comes in between
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"cannot write {path} ({len(data):,} bytes): {e.strerror}") from None
+    with contextlib.suppress(OSError):      # the rename too must outlast a power cut; not every file system can promise it
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def remove_leftovers(folder: Path):
+    """Delete the temporary files of runs that were killed while they wrote: named `.*.PID.tmp`, of processes that are gone."""
+    for path in folder.glob(".*.tmp"):
+        pid = path.name.split(".")[-2]
+        try:
+            if pid.isdecimal():
+                os.kill(int(pid), 0)
+        except ProcessLookupError:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        except OSError:                     # another user's living process
+            pass
 
 
 def checksum(tensors: dict[str, Tensor], state: dict) -> int:
@@ -726,7 +750,7 @@ def load_tensors(path: Path, config: Config) -> tuple[dict[str, Tensor], dict]:
             tensors = {name: f.get_tensor(name) for name in f.keys()}
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(f"{path} is damaged: {str(e).splitlines()[0]}") from None
-    if not isinstance(state, dict) or ("crc32" in state and state.pop("crc32") != checksum(tensors, state)):
+    if not isinstance(state, dict) or state.pop("crc32", None) != checksum(tensors, state):
         raise UserError(f"{path} is damaged: its tensors do not match their checksum")
     check_same_model(path, state.get("model", {}), config)
     return tensors, state
@@ -741,6 +765,20 @@ def check_same_model(path: Path, saved: dict, config: Config):
     for name, value in model_knobs(config).items():
         if name in saved and saved[name] != value:
             raise UserError(f"{path} was made with {name.upper()}={saved[name]}, this run has {value}: use the same settings")
+
+
+def choose_algorithms(deterministic: bool):
+    """DETERMINISTIC: only algorithms that repeat to the bit on one machine; call before CUDA starts.
+
+    Covers PyTorch's operators, the backward of its variable-length attention among them, cuBLAS, and what torch.compile
+    chooses by timing; attend_fa3 asks for itself. Our Triton kernels have no atomics and no autotuning.
+    """
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS reads it when it starts
+        from torch._inductor import config as inductor
+        if hasattr(inductor, "deterministic"):                          # PyTorch 2.10
+            inductor.deterministic = True
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -842,6 +880,13 @@ def read_shard(path: Path, vocab_size: int, sample: bool = True) -> np.memmap:
     return tokens
 
 
+def check_length(shard: np.ndarray):
+    """UserError if a mapped shard was cut short since read_shard: reading past its end would kill the process (SIGBUS)."""
+    if isinstance(shard.base, mmap.mmap) and shard.base.size() < HEADER_BYTES + shard.nbytes:
+        raise UserError(f"{shard.filename} was cut short during the run: it has {shard.base.size()} bytes, expected "
+                        f"{HEADER_BYTES + shard.nbytes}", everywhere=False)
+
+
 def segment_bounds(ids: np.ndarray, limit: int) -> np.ndarray:
     """Starts of the segments of a packed row: at 0, at every BOS, and every `limit` tokens inside a document."""
     starts = np.flatnonzero(ids == BOS)
@@ -896,6 +941,7 @@ class TokenStream:
         while done < count:
             at = (start + done) % total
             i = int(np.searchsorted(self.ends, at, side="right"))
+            check_length(self.shards[i])
             part = self.shards[i][at - (self.ends[i] - len(self.shards[i])):][: count - done]
             out[done: done + len(part)] = part
             done += len(part)
@@ -980,7 +1026,11 @@ class Validation(NamedTuple):
 
 
 def token_byte_table(tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """SentencePiece model -> per piece: bytes without a leading space, has a leading space, is a boundary (control...)."""
+    """SentencePiece model -> per piece: bytes without a leading space, has a leading space, is a boundary (control...).
+
+    A boundary swallows the space after it. With a tokenizer that neither adds a space before a text nor removes the
+    text's own, that space is text: nothing is a boundary.
+    """
     n = tokenizer.vocab_size()
     lengths, spaced, boundary = np.zeros(n, np.int64), np.zeros(n, bool), np.zeros(n, bool)
     for i in range(n):
@@ -992,6 +1042,9 @@ def token_byte_table(tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             piece = tokenizer.id_to_piece(i)
             spaced[i] = piece.startswith("\u2581")
             lengths[i] = len(piece.removeprefix("\u2581").replace("\u2581", " ").encode())
+    for i in np.flatnonzero(spaced & (lengths > 0))[:1]:
+        if tokenizer.decode([int(i)]).startswith(" "):
+            boundary[:] = False
     return lengths, spaced, boundary
 
 
@@ -1565,7 +1618,8 @@ def remove_own_value(y_BTHd: Tensor, v_BTKd: Tensor) -> Tensor:
 def attend_fa3(q, k, v, segments: Segments | None, window: int = 0) -> Tensor:
     """FlashAttention 3 (Hopper). q [B, T, H, d], k and v [B, P + T, K, d] -> [B, T, H, d]; P > 0: q are the last T."""
     from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
-    limits = {"causal": True, "window_size": (window - 1, 0) if window else (-1, -1)}
+    limits = {"causal": True, "window_size": (window - 1, 0) if window else (-1, -1),
+              "deterministic": torch.are_deterministic_algorithms_enabled()}        # of its backward
     if segments is None:
         y = flash_attn_func(q, k, v, **limits)
     else:
@@ -4373,7 +4427,9 @@ def preflight(run: Run) -> Inputs:
     validation = load_validation(c, run.log)
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
-        probe = run.folder / f".probe.{os.getpid()}"
+        if run.world.rank == 0:
+            remove_leftovers(run.folder)
+        probe = run.folder / f".probe.{os.getpid()}.tmp"
         probe.touch()
         probe.unlink()
     except OSError as e:
@@ -4671,6 +4727,7 @@ def main() -> int:
         if config.config_check:
             print("\n".join([*warnings, config_table(config)]))
             return 0
+        choose_algorithms(config.deterministic)
         world = World()
         folder = Path(config.artifact_dir) if config.artifact_dir else Path("logs")
         log = world.together(lambda: Log(folder / f"{config.run_id}.txt", quiet=world.rank != 0))
@@ -4686,10 +4743,11 @@ def main() -> int:
             world.life.look()
         message = " ".join(str(e).splitlines())
         if log:
-            log(f"error: {message}")
-            if world.rank and not e.everywhere:
+            log(f"error: {message}", console=False)
+        if log and world.rank:
+            if not e.everywhere:
                 print(f"error: rank {world.rank}: {message}", file=sys.stderr)
-        elif os.environ.get("RANK", "0") == "0" or (config and not world):      # what every rank finds is said once
+        elif log or os.environ.get("RANK", "0") == "0" or (config and not world):       # what every rank finds is said once
             print(f"error: {message}", file=sys.stderr)
         return e.code
     except RuntimeError as e:

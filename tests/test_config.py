@@ -59,6 +59,11 @@ def test_every_knob_refuses_what_its_limits_exclude(name):
         assert "expected" in line
 
 
+def test_text_that_is_not_utf8_is_refused():
+    """os.environ holds such bytes as surrogates, which no log or console can print."""
+    refused({"DATA_PATH": b"/data/\xff".decode(errors="surrogateescape")}, "DATA_PATH='/data/\\udcff'", "UTF-8 text")
+
+
 @pytest.mark.parametrize("name", sorted(n for n, f in FIELDS.items() if f.type == "bool"))
 def test_bools(name):
     for text, value in (("0", False), ("1", True), ("False", False), (" true ", True)):

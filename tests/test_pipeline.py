@@ -4,6 +4,7 @@ Runs that must be real processes are (signals, the packed script, torchrun, one 
 main() in this process, which is the same code without the seconds that importing torch takes.
 """
 
+import json
 import os
 import re
 import resource
@@ -201,6 +202,91 @@ def test_warnings_reach_the_log(settings, monkeypatch, capsys, tmp_path):
     assert "warning: ITERATION is not a setting; did you mean ITERATIONS?" in (tmp_path / "out" / "run.txt").read_text()
 
 
+def test_one_seed_gives_the_same_bytes(settings, monkeypatch, capsys, tmp_path):
+    """Weights, artifact (GPTQ, Fisher clips, our coder) and script; DETERMINISTIC=1 changes nothing on a CPU; another seed does."""
+    network = {k: str(v) for k, v in {**DEMO, "ITERATIONS": 2, "MAX_WALLCLOCK_SECONDS": 0, "WARMUP_STEPS": 0, "COMPRESSOR": "entropy",
+                                      "CLIP_RULE": "fisher", "SLIDING_WINDOW_ENABLED": 0, "LQER_ENABLED": 1, "TARGET_BYTES": 0, "EVAL_SEQ_LEN": 1024}.items()}
+    made = []
+    for change in ({}, {"DETERMINISTIC": "1"}, {"SEED": "7", "PREQUANT_ONLY": "1"}):
+        out = tmp_path / f"out{len(made)}"
+        assert main(monkeypatch, capsys, {**settings, **network, "ARTIFACT_DIR": str(out), **change})[0] == 0
+        tg.choose_algorithms(False)
+        made.append(without_log(out))
+    assert set(made[0]) == {"final_model.safetensors", ARTIFACT, "final_model.train_gpt.py", "hessian_report.safetensors"}
+    # train_seconds stands in the header of the weights
+    same = [n for n in made[0] if n != "final_model.safetensors"]
+    assert all(made[0][n] == made[1][n] for n in same)
+    weights = [tg.load_tensors(tmp_path / f"out{i}" / "final_model.safetensors", toy.config(**network))[0] for i in range(3)]
+    assert all(torch.equal(t, weights[1][n]) for n, t in weights[0].items())
+    assert not torch.equal(weights[0]["tok_emb.weight"], weights[2]["tok_emb.weight"])
+
+
+# --------------------------------------------------------------------------------------------------------------- hygiene
+
+
+def test_the_environment_stays_out_of_what_a_run_writes(settings, monkeypatch, capsys, tmp_path):
+    """Tokens, the home folder, where the script lies: nowhere in log, console, artifact, weights or script; of a misspelt name only the name."""
+    hidden = {"SECRET_TOKEN": "hunter2-secret", "HF_TOKEN": "hf_0123456789secret", "HOME": "/home/some-private-person",
+              "AWS_SECRET_ACCESS_KEY": "aws+secret/0123456789", "MODEL_DIMS": "secret-in-a-misspelt-name", "USER": "some-private-person"}
+    secrets = [*hidden.values(), str(toy.SCRIPT.parent)]
+    written = []
+    for change in ({"TTT_ENABLED": "1"}, {"RESUME": "1"}):          # a whole run, and one that is refused
+        code, lines = main(monkeypatch, capsys, {**settings, **hidden, **change})
+        assert code == (2 if "RESUME" in change else 0)
+        written += [line.encode() for line in lines]
+    assert any(b"MODEL_DIMS is not a setting" in line for line in written)
+    for name, content in {**files(tmp_path / "out"), "console": b"\n".join(written)}.items():
+        for secret in secrets:
+            assert secret.encode() not in content, (name, secret)
+
+
+AUDIT = """
+import json, os, runpy, sys
+seen = []
+def hook(event, args):
+    if event == "open" and isinstance(args[0], (str, bytes)) and (args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+        seen.append(("write", os.path.abspath(os.fsdecode(args[0]))))
+    elif event in ("os.mkdir", "tempfile.mkstemp", "tempfile.mkdtemp"):
+        seen.append(("write", os.path.abspath(args[0])))
+    elif event == "subprocess.Popen":
+        seen.append(("run", [str(a) for a in args[1]]))
+    elif event.startswith(("socket.connect", "socket.getaddrinfo", "urllib", "http", "ftplib", "os.system", "os.exec", "os.posix_spawn")):
+        seen.append((event, str(args)))
+script, report = sys.argv[1:3]
+sys.argv = [script]
+sys.path.insert(0, os.path.dirname(script))
+sys.addaudithook(hook)
+try:
+    runpy.run_path(script, run_name="__main__")
+finally:
+    text = json.dumps(seen)
+    open(report, "w").write(text)
+"""
+
+
+def test_a_run_reaches_for_nothing_outside_its_folder(settings, tmp_path):
+    """From first step to test-time training: no network, no program but git and uname (provenance), no file written
+    elsewhere, none left over. PyTorch touches the folder of its compilation cache and what tempfile tries out."""
+    place, cache = tmp_path / "place", tmp_path / "cache"
+    place.mkdir()
+    cache.mkdir()
+    (tmp_path / "audit.py").write_text(AUDIT)
+    environment = {**toy.clean_environment(), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
+                   "TMPDIR": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache), **settings,
+                   "SLIDING_WINDOW_ENABLED": "1", "TTT_ENABLED": "1", "CHECKPOINT_EVERY": "2", "COMPRESSOR": "entropy"}
+    done = subprocess.run([sys.executable, tmp_path / "audit.py", toy.SCRIPT, tmp_path / "seen.json"], env=environment, cwd=place,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert {event for event, _ in seen} <= {"write", "run"}, seen
+    assert {" ".join(command[:2]) for event, command in seen if event == "run"} <= {"git rev-parse", "git status", "uname -p"}
+    outside = {p for event, p in seen if event == "write" and not p.startswith((str(tmp_path / "out"), str(cache)))} - {os.devnull}
+    assert not outside and not list(place.iterdir()) and not list(cache.iterdir())
+    assert set(files(tmp_path / "out")) == {"run.txt", "checkpoint.safetensors", "final_model.safetensors", ARTIFACT,
+                                           "final_model.train_gpt.py", "hessian_report.safetensors"}
+    assert all(p.stat().st_mode & 0o133 == 0 for p in (tmp_path / "out").iterdir())     # not executable, not writable for others
+
+
 # ------------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -378,9 +464,21 @@ def test_a_training_token_over_the_vocabulary_between_the_samples(data, settings
     (dict(MODEL_DIM="abc"), 2, "MODEL_DIM='abc': expected a whole number"), (dict(DATA_PATH="/nowhere"), 2, "data folder /nowhere is missing")])
 def test_errors_of_the_real_process(settings, change, code, words):
     done = toy.script({**settings, **change})
-    lines = (done.stdout + done.stderr).splitlines()
-    assert done.returncode == code and lines[-1].startswith("error: ") and words in lines[-1]
-    assert not any("Traceback" in line for line in lines)
+    lines = done.stderr.splitlines()
+    assert done.returncode == code and len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0]
+    assert "error: " not in done.stdout
+
+
+def test_an_error_is_said_once_on_stderr_and_in_the_log(settings, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(tg, "preflight", lambda run: run.log("seen") or tg.stop_now(15, None))
+    monkeypatch.setattr(tg.os, "environ", {**toy.clean_environment(), **settings})
+    kept = {n: signal.getsignal(n) for n in tg.STOP_SIGNALS}
+    assert tg.main() == 130
+    for n, handler in kept.items():
+        signal.signal(n, handler)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("seen\n", "error: stopped by signal 15\n")
+    assert (tmp_path / "out" / "run.txt").read_text() == "seen\nerror: stopped by signal 15\n"
 
 
 def start(settings, until, **options):

@@ -6,7 +6,11 @@ import os
 import re
 import resource
 import signal
+import stat
+import subprocess
+import sys
 import time
+import types
 
 import pytest
 import torch
@@ -57,6 +61,47 @@ def test_a_file_limit_is_one_line(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == b"old" and names(tmp_path) == ["file"]
+
+
+def test_the_folder_is_synced_after_the_rename(tmp_path, monkeypatch):
+    """Else a power cut can undo the rename, or keep it without the bytes."""
+    done, fsync, replace = [], os.fsync, os.replace
+    kind = lambda fd: "folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"
+    monkeypatch.setattr(tg.os, "fsync", lambda fd: (done.append(kind(fd)), fsync(fd)))
+    monkeypatch.setattr(tg.os, "replace", lambda a, b: (done.append("rename"), replace(a, b)))
+    tg.write_atomically(tmp_path / "file", b"x")
+    assert done == ["file", "rename", "folder"]
+
+
+def test_a_signal_while_writing_leaves_no_temporary_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(tg.os, "fsync", lambda _: tg.stop_now(15, None))
+    with pytest.raises(tg.UserError, match="stopped by signal 15"):
+        tg.write_atomically(tmp_path / "file", b"new")
+    assert names(tmp_path) == []
+
+
+def test_leftovers_of_killed_runs_are_removed_and_nothing_else(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    mine, other = f".model.{os.getpid()}.tmp", [".x.tmp", ".notes.old.tmp", "data.1.tmp", "model"]
+    for name in (f".checkpoint.safetensors.{gone.pid}.tmp", mine, *other):
+        (tmp_path / name).write_bytes(b"x")
+    tg.remove_leftovers(tmp_path)
+    assert names(tmp_path) == sorted([mine, *other])
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_permissions_of_the_umask(tmp_path, mask, mode):
+    """Not 0600, as files of tempfile would, and never writable for everyone."""
+    before = os.umask(mask)
+    try:
+        tg.write_atomically(tmp_path / "new" / "file", b"x")
+        tg.save_tensors(tmp_path / "new" / "tensors", {"a": torch.zeros(2)}, {})
+        tg.Log(tmp_path / "new" / "log", quiet=False)("x")
+    finally:
+        os.umask(before)
+    assert {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "new").iterdir()} == dict.fromkeys(("file", "tensors", "log"), mode)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o777 & ~mask
 
 
 def test_a_folder_in_the_way_is_one_line(tmp_path):
@@ -114,6 +159,14 @@ def test_every_changed_byte_is_found(saved, tmp_path_factory, data):
     # a change that keeps everything is only white space or the order inside the header
     assert state == {**STATE, "model": tg.model_knobs(toy.config())}
     assert tensors.keys() == TENSORS.keys() and all(torch.equal(t, TENSORS[n]) for n, t in tensors.items())
+
+
+def test_a_file_without_its_checksum_is_damaged(tmp_path):
+    """A damaged byte in the name "crc32" must not switch the check off."""
+    from safetensors.torch import save
+    (tmp_path / "x").write_bytes(save(TENSORS | {"t": torch.zeros(1)}, {"state": json.dumps({**STATE, "crc33": 5})}))
+    with pytest.raises(tg.UserError, match="x is damaged: its tensors do not match their checksum"):
+        tg.load_tensors(tmp_path / "x", toy.config())
 
 
 def test_missing_and_foreign_files(tmp_path):
@@ -275,6 +328,51 @@ def test_signals_are_noted_once_then_default():
     finally:
         for n, handler in kept.items():
             signal.signal(n, handler)
+
+
+# ----------------------------------------------------------------------------------------------------------- determinism
+
+
+@pytest.fixture
+def algorithms(monkeypatch):
+    from torch._inductor import config as inductor
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(inductor, "deterministic", False, raising=False)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_algorithms_are_asked_for_only_when_wanted(algorithms):
+    tg.choose_algorithms(False)
+    assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    tg.choose_algorithms(True)
+    assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"         # the user's own stays
+    tg.choose_algorithms(True)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    tg.choose_algorithms(False)                             # the next run of this process
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_flash_attention_3_is_told(algorithms, monkeypatch, compiled):
+    """Its backward adds up with atomics unless asked not to; torch.compile must not freeze the answer."""
+    asked = []
+
+    def record(q, *_, deterministic, **__):
+        asked.append(deterministic)
+        return q
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", types.SimpleNamespace(
+        flash_attn_func=record, flash_attn_varlen_func=record))
+    attend = torch.compile(tg.attend_fa3, backend="eager") if compiled else tg.attend_fa3
+    q = torch.zeros(1, 4, 2, 8)
+    for wanted in (False, True):
+        tg.choose_algorithms(wanted)
+        for segments in (None, tg.Segments(torch.tensor([0, 4], dtype=torch.int32), 4)):
+            attend(q, q, q, segments)
+            assert asked.pop() is wanted
 
 
 # ------------------------------------------------------------------------------------------------------------ provenance
