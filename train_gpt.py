@@ -28,6 +28,7 @@ import mmap
 import os
 import platform
 import queue
+import shutil
 import signal
 import struct
 import subprocess
@@ -689,17 +690,19 @@ def write_atomically(path: Path, data: bytes):
 
 
 def remove_leftovers(folder: Path):
-    """Delete the temporary files of runs that were killed while they wrote: named `.*.PID.tmp`, of processes that are gone."""
-    for path in folder.glob(".*.tmp"):
-        pid = path.name.split(".")[-2]
-        try:
-            if pid.isdecimal():
-                os.kill(int(pid), 0)
-        except ProcessLookupError:
-            with contextlib.suppress(OSError):
-                path.unlink()
-        except OSError:                     # another user's living process
-            pass
+    """Delete what killed runs left over: files and folders named `.*.PID.tmp` of processes that are gone."""
+    for path in folder.glob(".*.[0-9]*.tmp"):
+        with contextlib.suppress(OSError, ValueError):      # another user's process, another run that tidies up, a foreign name
+            if not is_alive(int(path.name.split(".")[-2])):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def checksum(tensors: dict[str, Tensor], state: dict) -> int:
@@ -3503,7 +3506,7 @@ SORTED_GROUPS = ("tok_emb.weight", "blocks.attn.c_q.weight", "blocks.mlp.fc.weig
 
 def lrzip(data: bytes, folder: Path, *options: str) -> bytes:
     """data through the lrzip program (ZPAQ) by way of temporary files; raises UserError if it is missing, fails or hangs."""
-    with tempfile.TemporaryDirectory(prefix="lrzip.", dir=folder) as place:
+    with tempfile.TemporaryDirectory(prefix=".lrzip.", suffix=f".{os.getpid()}.tmp", dir=folder) as place:
         source, target = Path(place, "in"), Path(place, "out")
         source.write_bytes(data)
         try:
@@ -3627,7 +3630,11 @@ LARGEST_MODEL = 1 << 28                         # values; reading takes a few by
 
 def write_artifact(coded: dict[str, IntTensor | HalfTensor], config: Config) -> bytes:
     """Codes -> one file: head, header (deflated JSON: model knobs, tensors, streams with checksums), streams."""
-    streams = encode(coded, config.compressor, Path(config.artifact_dir or "."))
+    folder = Path(config.artifact_dir or ".")
+    try:
+        streams = encode(coded, config.compressor, folder)
+    except OSError as e:                # lrzip's temporary files
+        raise UserError(f"cannot pack with {config.compressor}: temporary files in {folder}: {e.strerror}") from None
     header = {"model": model_knobs(config), "compressor": config.compressor, "tensors": specs_of(coded),
               "streams": [(name, len(data), zlib.crc32(data)) for name, data in streams.items()]}
     packed = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
@@ -3689,6 +3696,8 @@ def decode_checked(header: dict, streams: dict[str, bytes], path: Path) -> dict[
         return decode(streams, header["tensors"], header["compressor"], path.parent)
     except UserError:
         raise
+    except OSError as e:                # lrzip's temporary files
+        raise UserError(f"artifact {path} cannot be unpacked: temporary files in {path.parent}: {e.strerror}") from None
     except Exception as e:              # decoders raise what they like; with checked streams this is a foreign file
         raise UserError(f"artifact {path} is damaged: {e}") from None
 

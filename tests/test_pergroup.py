@@ -88,6 +88,20 @@ def test_a_program_that_hangs_is_stopped(monkeypatch, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["lrzip"]
 
 
+def test_no_room_for_its_files_is_one_line(monkeypatch, tmp_path):
+    """A full disk, or a folder that cannot be written: a file in its place here."""
+    monkeypatch.setattr(tg, "SMALLEST_QUANTISED", 500)
+    (tmp_path / "file").write_bytes(b"")
+    config = toy.config(COMPRESSOR="pergroup", ARTIFACT_DIR=str(tmp_path / "file"))
+    with pytest.raises(tg.UserError, match="cannot pack with pergroup: temporary files in .*file: Not a directory"):
+        tg.write_artifact(codes(), config)
+    specs = tg.specs_of(codes())
+    streams = {**dict.fromkeys(tg.pergroup_layout(specs)[0], b"x"), "rest": b"", "order": b""}
+    monkeypatch.setattr(tg, "decompress_brotli", lambda data, size: bytes(size))
+    with pytest.raises(tg.UserError, match="cannot be unpacked: temporary files in"):
+        tg.decode_checked({"compressor": "pergroup", "tensors": specs}, streams, tmp_path / "file" / "model.pglf")
+
+
 def test_preflight_asks_the_coder(monkeypatch, tmp_path, toy_data):
     """COMPRESSOR=pergroup without the program stops before any step."""
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -83,7 +83,9 @@ def test_a_signal_while_writing_leaves_no_temporary_file(tmp_path, monkeypatch):
 def test_leftovers_of_killed_runs_are_removed_and_nothing_else(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
-    mine, other = f".model.{os.getpid()}.tmp", [".x.tmp", ".notes.old.tmp", "data.1.tmp", "model"]
+    mine, other = f".model.{os.getpid()}.tmp", [".x.tmp", ".notes.old.tmp", ".a.1x.tmp", "data.1.tmp", "model"]
+    (tmp_path / f".lrzip.abc.{gone.pid}.tmp").mkdir()
+    (tmp_path / f".lrzip.abc.{gone.pid}.tmp" / "in").write_bytes(b"x")
     for name in (f".checkpoint.safetensors.{gone.pid}.tmp", mine, *other):
         (tmp_path / name).write_bytes(b"x")
     tg.remove_leftovers(tmp_path)

@@ -37,7 +37,6 @@ from typing import NamedTuple
 from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import brotli  # noqa: E402, F401  (this and the next four: what a run imports late, once for all children)
@@ -119,7 +118,7 @@ class Child:
                     signal.signal(number, signal.SIG_DFL)
                 for name in set(os.environ) - set(toy.clean_environment()):
                     del os.environ[name]
-                os.environ.update({k: str(v) for k, v in settings.items()})
+                os.environ.update({"CUDA_VISIBLE_DEVICES": "", **{k: str(v) for k, v in settings.items()}})
                 for name, (owner, attribute) in STAGES.items():
                     setattr(owner, attribute, announcing(name, getattr(owner, attribute), write))
                 t.shipped_script = shipped_script           # minifying takes longer than the rest of a run
@@ -209,13 +208,12 @@ class Tally:
 class Lab:
     """Toy data, one undisturbed run to compare with, and fresh folders. Close it to remove everything."""
 
-    def __init__(self, seed: int, tries: int, many: int):
-        self.seed, self.tries, self.many = seed, tries, many
+    def __init__(self, seed: int, tries: int, many: int, mounts: bool = False):
+        self.seed, self.tries, self.many, self.mounts, self.made = seed, tries, many, mounts, 0
         self.place = Path(tempfile.mkdtemp(prefix="faults."))
         self.data = self.place / "data"
         self.data.mkdir()
         toy.write_data(self.data)
-        self.made, self.mounts = 0, own_mounts()
 
     def close(self):
         shutil.rmtree(self.place, ignore_errors=True)
@@ -529,13 +527,16 @@ def watch(event: str, _arguments):
         watching.append(event)
 
 
-sys.addaudithook(watch)
+@functools.cache
+def install_watch():
+    sys.addaudithook(watch)         # for good: Python has no way to remove one
 
 
 @contextlib.contextmanager
 def watched():
     """A list of the events in the with-block by which a program runs or fetches something."""
     global watching
+    install_watch()
     watching = []
     try:
         yield watching
@@ -685,7 +686,7 @@ def main() -> int:
     torch.set_num_threads(1)
     about = provenance(a)
     print(" ".join(f"{k}:{v}" for k, v in about.items()), flush=True)
-    lab = Lab(a.seed, a.tries, a.many)
+    lab = Lab(a.seed, a.tries, a.many, own_mounts())
     try:
         tallies = run_campaign(lab, names, functools.partial(print, flush=True))
     finally:
