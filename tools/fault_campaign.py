@@ -684,6 +684,7 @@ def main() -> int:
     if unknown or a.tries < 1 or a.many < 1:
         parser.error(f"--only {unknown[0]}: expected names of {', '.join(FAULTS)}" if unknown else "--tries and --many must be at least 1")
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # so that everything is removed then too
     about = provenance(a)
     print(" ".join(f"{k}:{v}" for k, v in about.items()), flush=True)
     lab = Lab(a.seed, a.tries, a.many, own_mounts())
