@@ -203,9 +203,9 @@ def test_warnings_reach_the_log(settings, monkeypatch, capsys, tmp_path):
 
 
 def test_one_seed_gives_the_same_bytes(settings, monkeypatch, capsys, tmp_path):
-    """Weights, artifact (GPTQ, Fisher clips, our coder) and script; DETERMINISTIC=1 changes nothing on a CPU; another seed does."""
+    """Weights, artifact (GPTQ along a trellis, Fisher steps) and script; DETERMINISTIC=1 changes nothing on a CPU; another seed does."""
     network = {k: str(v) for k, v in {**DEMO, "ITERATIONS": 2, "MAX_WALLCLOCK_SECONDS": 0, "WARMUP_STEPS": 0, "COMPRESSOR": "entropy",
-                                      "CLIP_RULE": "fisher", "SLIDING_WINDOW_ENABLED": 0, "LQER_ENABLED": 1, "TARGET_BYTES": 0, "EVAL_SEQ_LEN": 1024}.items()}
+                                      "CLIP_RULE": "fisher", "SLIDING_WINDOW_ENABLED": 0, "LQER_ENABLED": 1, "TARGET_BYTES": 0, "QUANTIZER": "trellis4", "EVAL_SEQ_LEN": 1024}.items()}
     made = []
     for change in ({}, {"DETERMINISTIC": "1"}, {"SEED": "7", "PREQUANT_ONLY": "1"}):
         out = tmp_path / f"out{len(made)}"

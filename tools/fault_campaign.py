@@ -53,7 +53,8 @@ import train_gpt as t  # noqa: E402
 SETTINGS = dict(MODEL_DIM=96, NUM_LAYERS=4, XSA_LAST_N=4, ROPE_DIMS=8, MLP_MULT=8, LOOP_END=1, NUM_LOOPS=1, PARALLEL_START_LAYER=3,
                 ITERATIONS=8, TRAIN_BATCH_TOKENS=256, TRAIN_SEQ_LEN=64, CHECKPOINT_EVERY=2, EVAL_SEQ_LEN=64, TTT_ENABLED=1,
                 TTT_EVAL_SEQ_LEN=64, TTT_CHUNK_SIZE=32, TTT_BATCH_SIZE=8, TTT_LORA_RANK=4, PHASED_TTT_PREFIX_DOCS=10,
-                PHASED_TTT_NUM_PHASES=1, GLOBAL_TTT_CHUNK_TOKENS=256, GLOBAL_TTT_BATCH_SEQS=4, EVAL_TIME_LIMIT=0)
+                PHASED_TTT_NUM_PHASES=1, GLOBAL_TTT_CHUNK_TOKENS=256, GLOBAL_TTT_BATCH_SEQS=4, EVAL_TIME_LIMIT=0,
+                QUANTIZER="scalar")        # the trellis takes seconds on a CPU
 ARTIFACT, CHECKPOINT, SCRIPT = "final_model.int6.pglf", "checkpoint.safetensors", "final_model.train_gpt.py"
 HANGS = 120.0               # seconds after which a run counts as hanging
 CRASHED = 70                # exit code of a child whose main() raised
