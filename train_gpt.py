@@ -2942,8 +2942,7 @@ class Quantizer:
         self.batches = []
         for (shape, bits), group in groups.items():
             mine = list(range(world.rank, len(group), world.size))
-            chosen = [factors[input_key(group[i], factors)] if self.hessian[group[i]] is not None
-                      else no_factor(shape[1], world.device) for i in mine]
+            chosen = [self.factor(group[i]) for i in mine]
             w = torch.stack([known.weights[name].float() for name in group]).to(world.device)
             steps = raw_steps(w, torch.tensor([self.clips[name].sigma for name in group], device=w.device), bits)
             for i, name in enumerate(group):
@@ -2953,6 +2952,15 @@ class Quantizer:
                 bits = 8
             self.batches.append(Batched(group, w, steps, w.abs().amax(2) / largest(bits), w.square().mean(2), bits, mine,
                                         Factor(*map(torch.stack, zip(*chosen))) if mine else None))
+
+    def factor(self, name: str) -> Factor:
+        """Without a Hessian: rounding to nearest, in the order that the decoder knows for matrices of this input."""
+        known = self.factors.get(input_key(name, self.factors))
+        if self.hessian[name] is not None:
+            return known
+        columns, device = self.known.weights[name].shape[1], self.world.device
+        order = torch.arange(columns, device=device) if known is None else known.order
+        return Factor(order, torch.eye(columns, device=device), torch.ones(columns, dtype=torch.bool, device=device))
 
     def steps(self, batch: Batched, multiplier: float) -> Tensor:
         """Steps of a multiplier: not so fine that weights are cut off, unless hand-set sigmas ask for it."""
@@ -3026,12 +3034,6 @@ class Quantizer:
         error, energy = (sum(e[i] for e in self.errors.values() if math.isfinite(e[0] + e[1])) for i in range(2))
         self.run.log(f"gptq_summary quantizer:{self.c.quantizer} entropy_bytes:{entropy_bytes(coded):.0f} "
                      f"weighted_error:{error / max(energy, 1e-30):.6g}")
-
-
-def no_factor(columns: int, device) -> Factor:
-    """Rounding to nearest."""
-    live = torch.ones(columns, dtype=torch.bool, device=device)
-    return Factor(torch.arange(columns, device=device), torch.eye(columns, device=device), live)
 
 
 def prepare_all(run: Run, hessians: dict[str, Tensor]) -> dict[str, Factor]:

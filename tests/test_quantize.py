@@ -180,7 +180,7 @@ def test_clip_sigmas_by_role_and_group(name, group):
 def quantised(monkeypatch, **settings):
     """All codes of a toy model, its float weights and Hessians; matrices above 500 elements are quantised."""
     monkeypatch.setattr(tg, "SMALLEST_QUANTISED", 500)
-    c = toy.config(**{"CLIP_RULE": "hand", "SMALL_MANTISSA_BITS": 10, **settings})
+    c = toy.config(**{"CLIP_RULE": "hand", "QUANTIZER": "scalar", "SMALL_MANTISSA_BITS": 10, **settings})
     model, run = toy.model(c), toy.run(c)
     weights = {n: p.detach().clone() for n, p in tg.export_weights(dict(model.named_parameters()), c.num_layers).items()}
     hessians = tg.collect_hessians(run, model, [toy.row(1000, range(0, 1000, 40))], 4)

@@ -144,8 +144,8 @@ def test_sensitivity_is_the_mean_squared_gradient_through_gptqs_error(monkeypatc
 
 def test_mixed_precision_counts_and_order(monkeypatch):
     calibration, names = known(layers=4)
-    q = quantizer(calibration, monkeypatch, CLIP_RULE="hand", MIXED_PRECISION_HESSIAN=1, MIXED_PRECISION_LOW_FRAC=0.25,
-                  MIXED_PRECISION_HIGH_FRAC=0.5)
+    q = quantizer(calibration, monkeypatch, CLIP_RULE="hand", QUANTIZER="scalar", MIXED_PRECISION_HESSIAN=1,
+                  MIXED_PRECISION_LOW_FRAC=0.25, MIXED_PRECISION_HIGH_FRAC=0.5)
     bits = [q.bits[n] for n in sorted(names, key=lambda n: tg.input_sensitivity(n, calibration))]
     assert bits == [5] * 3 + [6] * 3 + [7] * 6
     coded = q(1.0)

@@ -47,18 +47,19 @@ def test_low_rank_by_hessian_removes_more_of_the_weighted_error():
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(LQER_ASYM_ENABLED=0), dict(LQER_PICK="hessian"), dict(CLIP_RULE="fisher"),
+                                      dict(CLIP_RULE="fisher", QUANTIZER="trellis8"),
                                       dict(LQER_RANK=1000), dict(LQER_ASYM_GROUP=4096), dict(LQER_TOP_K=0), dict(LQER_TOP_K=99)])
 def test_repaired_codes_survive_every_quick_coder_and_help(monkeypatch, tmp_path, settings):
     """A rank above the matrix's, a group larger than the tensor, no tensor, more tensors than there are."""
     calibration, names = rules.known()
-    given = {"CLIP_RULE": "hand", "LQER_ENABLED": 1, "MATRIX_BITS": 3, **settings}
+    given = {"CLIP_RULE": "hand", "QUANTIZER": "scalar", "LQER_ENABLED": 1, "MATRIX_BITS": 3, **settings}
     plain = rules.quantizer(calibration, monkeypatch, **{**given, "LQER_ENABLED": 0})(1.0)
     q = rules.quantizer(calibration, monkeypatch, **given)
     coded = q(1.0)
     repaired = [n for n in names if n + ".lqer_a" in coded]
     assert len(repaired) == min(int(given.get("LQER_TOP_K", 3)), len(names))
     restored = tg.restore(coded)
-    assert list(restored) == list(plain)
+    assert list(restored) == list(tg.restore(plain))
     for n in repaired:
         a, b = coded[n + ".lqer_a"], coded[n + ".lqer_b"]
         assert a.q.shape[1] == b.q.shape[0] == min(int(given.get("LQER_RANK", 4)), 64)

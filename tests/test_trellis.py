@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from test_quantize import hessian, matrices, weighted
+import toy
+from test_quantize import hessian, matrices, quantised, weighted
 
 import train_gpt as tg
 
@@ -148,3 +149,19 @@ def test_a_whole_matrix_on_the_gpu_equals_the_cpu():
     b = tg.round_trellis(w.cuda(), tg.prepare(h.cuda(), print, True), step.cuda(), 8, 0.35).cpu()
     assert (a != b).float().mean() < 0.05
     assert weighted(w, b, step, h).tolist() == pytest.approx(weighted(w, a, step, h).tolist(), rel=0.02)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(CLIP_RULE="hand"), dict(LQER_ENABLED=1), dict(TIE_EMBEDDINGS=0),
+                                      dict(MIXED_PRECISION_HESSIAN=1, CLIP_RULE="hand")])
+def test_a_whole_network_through_the_artifact(monkeypatch, tmp_path, settings):
+    """Every quantised matrix on the trellis, smaller steps by a common multiplier less error, and exactly the same back."""
+    coded, weights, _, run = quantised(monkeypatch, **{"CLIP_RULE": "fisher", "QUANTIZER": "trellis8", **settings})
+    assert {t.states for t in coded.values() if isinstance(t, tg.IntTensor) and t.q.numel() > 500 and len(t.step) == len(t.q)} == {8}
+    (tmp_path / "x").write_bytes(tg.write_artifact(coded, run.config))
+    back, expected = tg.restore(tg.read_artifact(tmp_path / "x", run.config)), tg.restore(coded)
+    assert set(back) == set(weights) and all(torch.equal(back[n], expected[n]) for n in back)
+    errors = []
+    for multiplier in (1.0, 0.5):
+        quantizer = tg.Quantizer(run, tg.Calibration(weights, tg.collect_hessians(run, toy.model(run.config), [toy.row(500, (0,))], 1)))
+        errors.append(sum(e for e, _ in (quantizer(multiplier), quantizer.errors)[1].values()))
+    assert errors[1] < 0.4 * errors[0]
