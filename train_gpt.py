@@ -253,6 +253,10 @@ class Config:
     deterministic: bool = knob(False, "on CUDA too, one seed always gives the same numbers (as many steps: MAX_WALLCLOCK_SECONDS=0)")
 
     @property
+    def trellis_states(self) -> int:
+        return int(self.quantizer.removeprefix("trellis")) if self.quantizer != "scalar" else 0
+
+    @property
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
 
@@ -1123,19 +1127,43 @@ class Kernel:
     """A pair of functions with one meaning. Call it: the fast one runs on CUDA unless it is switched off."""
     reference: Callable
     fast: Callable
+    example: Callable[[Config, torch.device], tuple] | None = None      # arguments as the run's network will give them
     enabled: bool = True
 
     def __call__(self, x: Tensor, *rest):
         return (self.fast if self.enabled and x.is_cuda else self.reference)(x, *rest)
 
 
-def kernel(reference: Callable):
+def kernel(reference: Callable, example: Callable[[Config, torch.device], tuple]):
     """Decorator: register a fast version beside its reference, under the reference's name less `_reference`."""
     def register(fast: Callable) -> Kernel:
         name = reference.__name__.removesuffix("_reference")
-        KERNELS[name] = Kernel(reference, fast)
+        KERNELS[name] = Kernel(reference, fast, example)
         return KERNELS[name]
     return register
+
+
+def try_kernel(pair: Kernel, config: Config, device: torch.device):
+    """Run the fast version forward and backward on its example; raises whatever it raises."""
+    inputs = [t.requires_grad_() if torch.is_tensor(t) and t.is_floating_point() else t for t in pair.example(config, device)]
+    outputs = pair.fast(*inputs)
+    for t in outputs if isinstance(outputs, tuple) else (outputs,):
+        if t.requires_grad:
+            t.float().sum().backward(retain_graph=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def drop_broken_kernels(config: Config, device: torch.device, log: Callable[[str], None]):
+    """Kernels that do not compile or run on this GPU give way to their references, with one line each."""
+    for name, pair in KERNELS.items():
+        if pair.enabled and device.type == "cuda":
+            try:
+                try_kernel(pair, config, device)
+            except Exception as e:          # Triton raises anything from its own errors to RuntimeError
+                pair.enabled = False
+                log(f"kernel {name} does not run on this GPU ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:100]}): "
+                    "its plain version serves")
 
 
 def select_kernels(config: Config):
@@ -1226,7 +1254,8 @@ if triton is not None:
         lambda ctx, grad, _: (softcap_ce_backward(*ctx.saved_tensors, grad, ctx.cap), None, None), setup_context=save_softcap_ce)
 
 
-@kernel(softcap_ce_reference)
+@kernel(softcap_ce_reference, lambda c, device: (
+    torch.zeros(64, c.vocab_size, dtype=torch.bfloat16, device=device), torch.zeros(64, dtype=torch.int64, device=device), c.logit_softcap))
 def softcap_ce(logits_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
     """Softcap and cross-entropy in one pass: float32 losses [N]; the softcapped logits are never stored (Triton)."""
     return softcap_ce_forward(logits_NV.contiguous(), targets_N, cap)[0]
@@ -1322,7 +1351,9 @@ if triton is not None:
     qkv_heads_forward.register_autograd(grad_qkv_heads, setup_context=save_qkv_heads)
 
 
-@kernel(qkv_heads_reference)
+@kernel(qkv_heads_reference, lambda c, device: (
+    torch.ones(1, 64, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, dtype=torch.bfloat16, device=device),
+    torch.ones(c.num_heads, device=device), *rotary_table(64, c, 64, device), c.num_kv_heads))
 def qkv_heads(qkv: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """One kernel for norms, rotary embedding and gain of all heads, and one for their gradients (Triton)."""
     return qkv_heads_forward(qkv.contiguous(), gain_H, cos, sin, kv_heads)
@@ -1398,7 +1429,9 @@ if triton is not None:
         lambda ctx, grad: (*gated_heads_backward(*ctx.saved_tensors, *ctx.options, grad), None, None, None), setup_context=save_gated_heads)
 
 
-@kernel(gated_heads_reference)
+@kernel(gated_heads_reference, lambda c, device: (
+    *(torch.ones(1, 64, *shape, dtype=torch.bfloat16, device=device)
+      for shape in ((c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim), (c.num_heads,))), True, 0.5, 1.0))
 def gated_heads(y_BTHd: Tensor, v_BTKd: Tensor, z_BTH: Tensor, xsa: bool, scale: float, factor: float) -> Tensor:
     """XSA and head gate in one kernel, all their gradients in another (Triton)."""
     return gated_heads_forward(y_BTHd.contiguous(), v_BTKd.contiguous(), z_BTH.contiguous(), xsa, scale, factor)
@@ -1487,7 +1520,9 @@ if triton is not None:
         tl.store(last + row, best)
 
 
-@kernel(trellis_block_reference)
+@kernel(trellis_block_reference, lambda c, device: (
+    torch.ones(1, 2, TRELLIS_BLOCK, device=device), torch.eye(TRELLIS_BLOCK, device=device)[None], torch.ones(1, 2, device=device),
+    torch.zeros(1, 2, device=device), torch.zeros(1, 2, dtype=torch.int64, device=device), c.trellis_states or 4))
 def trellis_block(w_NRB: Tensor, u_NBB: Tensor, step_NR: Tensor, shrink_NR: Tensor, state_NR: Tensor,
                   states: int) -> tuple[Tensor, Tensor]:
     """A program for every row, its survivors in registers (Triton)."""
@@ -2919,7 +2954,7 @@ class Quantizer:
     def __init__(self, run: Run, known: Calibration, factors: dict[str, Factor] | None = None):
         c, world = self.c, self.world = run.config, run.world
         self.run, self.known = run, known
-        self.states = int(c.quantizer.removeprefix("trellis")) if c.quantizer != "scalar" else 0
+        self.states = c.trellis_states
         self.union = 2 if self.states else 1        # a trellis takes every second of its integers: half the step, the same bits
         names = [name for name, t in known.weights.items() if is_quantised(name, t)]
         if factors is None:
@@ -2940,7 +2975,7 @@ class Quantizer:
         for name in names:
             groups.setdefault((known.weights[name].shape, self.bits[name]), []).append(name)
         self.batches = []
-        for (shape, bits), group in groups.items():
+        for (_, bits), group in groups.items():
             mine = list(range(world.rank, len(group), world.size))
             chosen = [self.factor(group[i]) for i in mine]
             w = torch.stack([known.weights[name].float() for name in group]).to(world.device)
@@ -3043,7 +3078,7 @@ def prepare_all(run: Run, hessians: dict[str, Tensor]) -> dict[str, Factor]:
         sizes.setdefault(len(h), []).append(name)
     out = {}
     for names in sizes.values():
-        stacked = prepare(torch.stack([hessians[n] for n in names]), run.log, run.config.quantizer != "scalar")
+        stacked = prepare(torch.stack([hessians[n] for n in names]), run.log, run.config.trellis_states > 0)
         out.update(zip(names, map(Factor._make, zip(*stacked))))
     return out
 
@@ -4475,7 +4510,11 @@ def train(run: Run, model: GPT, inputs: Inputs) -> dict[str, Tensor]:
     rehearsed.clear()
     run.log(f"gptq:reserving {reserve:.2f}s, effective={1000 * max(c.max_wallclock_seconds - reserve, 0):.0f}ms")
     reset_peak_memory(run.world.device)
+    known = compiled_graphs()
     trainer.loop(reserve, lambda at: validate_in_training(run, model, inputs.validation, at))
+    run.log(f"ledger recompilations:{compiled_graphs() - known} stage:train")
+    if compiled_graphs() > known:
+        run.log("warning: shapes that the warm-up had not seen were compiled inside the training budget")
     if run.world.device.type == "cuda":
         peak, held = (f() >> 20 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved))
         run.log(f"peak memory allocated: {peak} MiB reserved: {held} MiB")
@@ -4487,6 +4526,11 @@ def train(run: Run, model: GPT, inputs: Inputs) -> dict[str, Tensor]:
         save_tensors(run.folder / "final_model.safetensors", weights, {"model": model_knobs(c), "step": trainer.step, "seed": c.seed,
                                                                       "train_seconds": run.ledger.used["train"]})
     return export_weights(dict(model.named_parameters()), c.num_layers)
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def quietly(run: Run) -> Run:
@@ -4705,6 +4749,7 @@ def pipeline(config: Config, world: World, log: Log):
     inputs = world.together(lambda: preflight(run))
     attention_name = world.together(lambda: choose_attention(c, world.device))
     log_provenance(run, attention_name, inputs.paths)
+    drop_broken_kernels(c, world.device, log)
     torch._dynamo.config.cache_size_limit = 64              # a graph per pass shape, length and grad mode
     torch._dynamo.config.automatic_dynamic_shapes = False   # lengths are few and fixed; cu_seqlens is marked dynamic
     compiled = c.compile_enabled and world.device.type == "cuda" and attention_name != "sdpa"

@@ -193,6 +193,7 @@ def interpret():
     torch.set_num_threads(1)
     for name, check in CHECKS.items():
         check(tg.KERNELS[name].fast, torch.device("cpu"), torch.float32, 5e-5)
+        tg.try_kernel(tg.KERNELS[name], toy.config(), torch.device("cpu"))
         print(f"{name} ok")
 
 
@@ -238,6 +239,22 @@ def test_cpu_and_disabled_kernels_use_the_reference():
     pair.enabled = False
     pair(OnCuda())
     assert called == ["reference", "fast", "reference"]
+
+
+def test_a_kernel_that_does_not_run_gives_way_to_its_reference(monkeypatch):
+    """As on a GPU for which Triton has no code: one line, and the plain version from then on."""
+    def broken(*_):
+        raise RuntimeError("no kernel image\nis available")
+
+    pairs = {"good": tg.Kernel(lambda x: x, lambda x: 2 * x, lambda c, device: (torch.ones(2),)),
+             "bad": tg.Kernel(lambda x: x, broken, lambda c, device: (torch.ones(2),)),
+             "off": tg.Kernel(lambda x: x, broken, lambda c, device: (torch.ones(2),), enabled=False)}
+    monkeypatch.setattr(tg, "KERNELS", pairs)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    lines = []
+    tg.drop_broken_kernels(toy.config(), torch.device("cuda"), lines.append)
+    assert lines == ["kernel bad does not run on this GPU (RuntimeError: no kernel image): its plain version serves"]
+    assert [p.enabled for p in pairs.values()] == [True, False, False]
 
 
 def test_kernels_are_switched_off_by_name():
