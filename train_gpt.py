@@ -3441,7 +3441,8 @@ def code_matrices(coder: SymbolCoder, matrices: list[np.ndarray] | None, scales:
         odd = np.concatenate([odd_along_path(part, path, states).ravel() for part, path in zip(split(branches), paths)])
         if n is not None and not np.array_equal(odd, n & 1):
             raise RuntimeError("integers that are no path through their trellis cannot be coded")
-        contexts = 4 * contexts + 2 * branches + odd
+        contexts *= 4
+        contexts += 2 * branches + odd
     order = contexts.argsort(kind="stable")
     ordered = np.empty(len(contexts), np.int8) if n is None else n[order]
     start = 0
@@ -3451,8 +3452,11 @@ def code_matrices(coder: SymbolCoder, matrices: list[np.ndarray] | None, scales:
             weights = gaussian_weights(context // apart + SCALES[0])[first::apart]
             part = None if n is None else (ordered[start:end].astype(np.int32) + 127 - first) // apart
             part = coder.through(weights if weights.any() else np.ones(len(weights)), part, end - start)
-            ordered[start:end] = apart * part + first - 127
+            if n is None:
+                ordered[start:end] = apart * part + first - 127
         start = end
+    if n is not None:
+        return matrices
     out = np.empty_like(ordered)
     out[order] = ordered
     return split(out)
