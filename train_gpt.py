@@ -3057,8 +3057,12 @@ class Quantizer:
         coded = {name: coded[name] for name in weights} | self.orders()
         return repair(self, coded) if c.lqer_enabled else coded
 
+    def rate(self, coded: dict[str, IntTensor | HalfTensor], name: str) -> float:
+        """Bits a weight of one matrix: the entropy of its integers, given the trellis's state."""
+        return 8 * entropy_bytes({name: coded[name]}) / coded[name].q.numel()
+
     def log_table(self, coded: dict[str, IntTensor | HalfTensor]):
-        """The sigma of every matrix as it came out, and one line on the whole."""
+        """The sigma, the entropy and the weighted error of every matrix as they came out, and one line on the whole."""
         c, sigmas = self.c, {}
         for name, bits in self.bits.items():
             if c.clip_rule != "adaptive" or name.startswith("blocks."):
@@ -3066,8 +3070,12 @@ class Quantizer:
                 sigmas[name] = (coded[name].step.double() * self.union * largest(bits) / spread).log().mean().exp().item()
         table = "\n".join(f"    {name}: {sigma:.2f}" for name, sigma in sigmas.items())
         self.run.log(f"GPTQ clip_sigmas (rule:{c.clip_rule}, {len(sigmas)} tensors):\n{table}", console=False)
+        rates = "\n".join(f"    {name}: {self.rate(coded, name):.4f} {error / max(energy, 1e-30):.6f}"
+                          for name, (error, energy) in self.errors.items())
+        self.run.log(f"GPTQ bits and weighted error (quantizer:{c.quantizer}, lambda:{c.trellis_lambda}, {len(self.errors)} tensors):\n"
+                     + rates, console=False)
         error, energy = (sum(e[i] for e in self.errors.values() if math.isfinite(e[0] + e[1])) for i in range(2))
-        self.run.log(f"gptq_summary quantizer:{self.c.quantizer} entropy_bytes:{entropy_bytes(coded):.0f} "
+        self.run.log(f"gptq_summary quantizer:{c.quantizer} entropy_bytes:{entropy_bytes(coded):.0f} "
                      f"weighted_error:{error / max(energy, 1e-30):.6g}")
 
 
@@ -4714,6 +4722,7 @@ def hessian_report(quantizer: Quantizer, coded: dict[str, IntTensor | HalfTensor
             out[f"{name}:sigma"] = coded[name].step.float() * reach / w.float().std(dim=1).clamp_min(1e-12).cpu()
             out[f"{name}:error"] = torch.tensor(quantizer.errors[name])
             out[f"{name}:bits"] = torch.tensor(coded[name].bits)
+            out[f"{name}:rate"] = torch.tensor(quantizer.rate(coded, name))
             if name in quantizer.known.sensitivity:
                 out[f"{name}:fisher"] = quantizer.known.sensitivity[name].rows.float()
     c = quantizer.c
