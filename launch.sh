@@ -25,6 +25,7 @@ done
 if [ -z "${PYTHON-}" ]; then PYTHON=python3; [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python; fi
 command -v "$PYTHON" > /dev/null || { echo "error: PYTHON=$PYTHON is not a program" >&2; exit 2; }
 seeds=${SEEDS:-42 0 1234} nproc=${NPROC:-8}
+export -n SEEDS         # so like SEED that the trainer would ask
 for number in $seeds $nproc; do
     [[ $number =~ ^[0-9]+$ ]] || { echo "error: '$number' in SEEDS or NPROC: expected a whole number" >&2; exit 2; }
 done
