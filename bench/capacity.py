@@ -55,7 +55,8 @@ def main() -> int:
         for label in labels:
             found = run(args.folder, label, VARIANTS[label], seed)
             rows.append({"variant": label, "seed": seed, "settings": VARIANTS[label], **{c: found[c] for c in COLUMNS}})
-            print(f"{label:16s} {seed:>6s} " + " ".join(f"{rows[-1][c]:>14,.{0 if isinstance(rows[-1][c], int) else 5}f}" for c in COLUMNS), flush=True)
+            cells = (f"{found[c]:>14,}" if isinstance(found[c], int) else f"{found[c]:>14,.5f}" for c in COLUMNS)
+            print(f"{label:16s} {seed:>6s} " + " ".join(cells), flush=True)
             if args.json:
                 args.json.write_text(json.dumps(rows, indent=1) + "\n")
     for label in labels:
