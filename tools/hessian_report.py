@@ -100,12 +100,16 @@ def draw(reports: list[tuple[str, dict]], target: Path):
                 middle, low, high = (np.array([np.percentile(r, q) for r in rows]) for q in (50, 10, 90))
                 axis.errorbar([int(n.split(".")[1]) for n in names], middle, [middle - low, high - middle], marker="o", ms=3, lw=1,
                               capsize=2, label=label)
+        if not axis.lines:
+            axis.text(0.5, 0.5, "none is quantised", ha="center", transform=axis.transAxes)
+            axis.set_yticks([])
         axis.set_title(kind)
-        axis.set_ylabel("step in row deviations × q_max (σ)")
         axis.grid(alpha=0.3)
     for axis in axes[1]:
         axis.set_xlabel("layer")
-    axes[0, 0].legend(fontsize=8)
+    figure.supylabel("σ: step in row deviations × q_max")
+    handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", fontsize=8)
     figure.savefig(target, dpi=120)
 
 
