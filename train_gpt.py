@@ -77,8 +77,6 @@ def knob(default, meaning: str = "", **limits):
     return field(default=default, metadata={"meaning": meaning, **limits})
 
 
-
-
 @dataclass(frozen=True)
 class Config:
     """All settings; `CONFIG_CHECK=1` prints them."""
@@ -1461,26 +1459,23 @@ def trellis_block_reference(w_NRB: Tensor, u_NBB: Tensor, step_NR: Tensor, shrin
     """
     nexts = torch.from_numpy(trellis_next(states)).to(w_NRB.device)
     sources = torch.stack([nexts[:, b].argsort() for b in (0, 1)], 1)       # [state after, branch] -> state before
-    odd = (torch.arange(states, device=w_NRB.device) & 1)[:, None]
-    N, R, B = w_NRB.shape
-    part = w_NRB.reshape(1, N * R, B).repeat(states, 1, 1)
-    step, shrink = (t.float().flatten() for t in (step_NR, shrink_NR))
-    u = u_NBB.repeat_interleave(R, 0)
-    cost = torch.full((states, N * R), 1e30, device=w_NRB.device).scatter_(0, state_NR.reshape(1, -1), 0.0)
-    for j in range(B):
-        x, scale = part[:, :, j] / step, u[:, j, j]
-        kind = [odd, odd + 2]
-        n = [4 * ((x / (1 + shrink) - c) / 4 + 0.5).floor_().clamp_(-31, 31) + c for c in kind]
+    sources = sources[:, :, None, None]
+    odd = (torch.arange(states, device=w_NRB.device) & 1)[:, None, None]
+    part, step, shrink = w_NRB.repeat(states, 1, 1, 1), step_NR.float(), shrink_NR
+    cost = torch.full(part.shape[:3], 1e30, device=w_NRB.device).scatter_(0, state_NR[None], 0.0)
+    for j in range(w_NRB.shape[2]):
+        x, scale = part[..., j] / step, u_NBB[:, j, j, None]
+        n = [4 * ((x / (1 + shrink) - kind) / 4 + 0.5).floor_().clamp_(-31, 31) + kind for kind in (odd, odd + 2)]
         costs = [cost + ((x - m).square() + shrink * m.square()) / scale.square() for m in n]
-        cost, branch = torch.stack([costs[b][sources[:, b]] for b in (0, 1)]).min(0)
-        before = torch.where(branch.bool(), sources[:, 1:], sources[:, :1])
+        cost, branch = torch.stack([costs[b].index_select(0, sources[:, b].flatten()) for b in (0, 1)]).min(0)
         cost = cost - cost.amin(0)
+        before = torch.where(branch.bool(), sources[:, 1], sources[:, 0])
         error = torch.where(branch.bool(), (x - n[1]).gather(0, before), (x - n[0]).gather(0, before)) * step / scale
-        part = part.gather(0, before[:, :, None].expand_as(part))
-        part[:, :, j] = error
-        part[:, :, j + 1:] -= error[:, :, None] * u[:, j, j + 1:]
+        part = part.gather(0, before[..., None].expand_as(part))
+        part[..., j] = error
+        part[..., j + 1:] -= error[..., None] * u_NBB[:, None, j, j + 1:]
     last = cost.argmin(0)
-    return part.gather(0, last[None, :, None].expand(1, -1, B)).view(N, R, B), last.view(N, R)
+    return part.gather(0, last[None, ..., None].expand_as(part[:1]))[0], last
 
 
 if triton is not None:
@@ -3072,8 +3067,7 @@ class Quantizer:
         self.run.log(f"GPTQ clip_sigmas (rule:{c.clip_rule}, {len(sigmas)} tensors):\n{table}", console=False)
         rates = "\n".join(f"    {name}: {self.rate(coded, name):.4f} {error / max(energy, 1e-30):.6f}"
                           for name, (error, energy) in self.errors.items())
-        self.run.log(f"GPTQ bits and weighted error (quantizer:{c.quantizer}, lambda:{c.trellis_lambda}, {len(self.errors)} tensors):\n"
-                     + rates, console=False)
+        self.run.log(f"GPTQ bits and weighted error (quantizer:{c.quantizer}, {len(self.errors)} tensors):\n{rates}", console=False)
         error, energy = (sum(e[i] for e in self.errors.values() if math.isfinite(e[0] + e[1])) for i in range(2))
         self.run.log(f"gptq_summary quantizer:{c.quantizer} entropy_bytes:{entropy_bytes(coded):.0f} "
                      f"weighted_error:{error / max(energy, 1e-30):.6g}")

@@ -6,8 +6,9 @@ CHECKPOINT, shards and tokenizer may be .xz. First the hand-set row as published
 row of ROWS with its steps bisected until code (--code-bytes) and model are just under TARGET_BYTES, packed by our coder,
 unpacked, and scored in bits per byte over the first --targets validation tokens. penalty: bpb less that of the EMA weights,
 in 0.001 bpb; ratio: to the hand-set rule's at equal bytes. --minutes: no new row is begun after that; the table so far is
-written after each row. About 5 minutes on one H100; other coders on saved artifacts: bench/pack.py. Model settings come
-from the environment; PARALLEL_START_LAYER is 8 unless it says otherwise (the checkpoint of the specification).
+written after each row. About 5 minutes on one H100. --coders: every row's integers through these coders too (bench/pack.py
+does that to saved artifacts). Model settings come from the environment; PARALLEL_START_LAYER is 8 unless it says otherwise
+(the checkpoint of the specification).
 """
 from __future__ import annotations
 
@@ -98,6 +99,10 @@ class Bench:
         if args.train_batch_tokens:
             env["TRAIN_BATCH_TOKENS"] = str(args.train_batch_tokens)
         self.config, _ = t.load_config(env)
+        for coder in args.coders:
+            if coder not in t.COMPRESSORS:
+                raise t.UserError(f"--coders {coder}: expected names of {', '.join(t.COMPRESSORS)}")
+            t.COMPRESSORS[coder].probe()
         world, log = t.World(), t.Log(None, quiet=False)
         t.select_kernels(self.config)
         torch._dynamo.config.automatic_dynamic_shapes = False
@@ -192,6 +197,7 @@ class Bench:
         print(f"{label:46s} {result['entropy_bytes']:>11,} {result['total_bytes']:>11,} {bpb:.5f} {result['penalty']:+6.2f} "
               f"{result['ratio'] or 0:6.3f}  gptq {result['seconds']:5.1f} s in {count}  pack {result['pack_seconds']:4.1f}  "
               f"unpack {unpack:4.1f}  at {time.perf_counter() - self.start:4.0f} s", flush=True)
+        rows += [self.other_coder(result, packed.coded, coder) for coder in self.args.coders]
         if self.args.json:
             self.args.json.write_text(json.dumps(self.table, indent=1) + "\n")
         if self.args.save:
@@ -205,6 +211,17 @@ class Bench:
                 quantizer.run = quantizer.run._replace(log=lambda text, console=True: quiet.append(text))
                 quantizer.log_table(packed.coded)
                 (self.args.save / "best_sigmas.txt").write_text(f"{label}\n" + "\n".join(quiet) + "\n")
+
+    def other_coder(self, row: dict, coded: dict, coder: str) -> dict:
+        """The same integers through another coder: the same bpb in other bytes, so without a ratio at equal bytes."""
+        streams, pack = self.seconds(lambda: t.encode(coded, coder, self.run.folder))
+        back, unpack = self.seconds(lambda: t.decode(streams, t.specs_of(coded), coder, self.run.folder))
+        if any(not torch.equal(a, b) for name in coded for a, b in zip(coded[name], back[name]) if torch.is_tensor(a)):
+            raise t.UserError(f"{coder}: the integers came back changed")
+        size = sum(map(len, streams.values())) + self.args.code_bytes
+        print(f"{'  through ' + coder:46s} {'':>11s} {size:>11,}{'':25s}pack {pack:4.1f}  unpack {unpack:4.1f}", flush=True)
+        return {**row, "coder": coder, "total_bytes": size, "ratio": None, "pack_seconds": round(pack, 2),
+                "unpack_seconds": round(unpack, 2)}
 
     def main(self):
         score, cold = self.seconds(self.score)
@@ -238,6 +255,8 @@ def main() -> int:
     parser.add_argument("--hessian-batches", type=int, default=16)
     parser.add_argument("--train-batch-tokens", type=int, default=0, help="0: the default recipe's (8 micro-batches)")
     parser.add_argument("--code-bytes", type=int, default=24_000)
+    parser.add_argument("--coders", type=lambda text: [name for name in text.split(",") if name], default=[],
+                        help="also through these coders (comma list: brotli takes half a minute, pergroup two to three)")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--only", default="", help="rows with these labels (split by semicolons)")
     parser.add_argument("--json", type=Path)
