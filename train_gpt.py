@@ -4676,16 +4676,19 @@ def compress(run: Run, model: GPT, weights: dict[str, Tensor], inputs: Inputs) -
     """Calibration, GPTQ, packing; returns the artifact's path on disk. Over the cap: UserError with code 3, nothing kept."""
     c, log = run.config, run.log
     log("GPTQ:collecting Hessians from calibration data...")
-    code = shipped_script() if run.world.rank == 0 else b""
+    with run.ledger.stage("code"):
+        code = shipped_script() if run.world.rank == 0 else b""
     code_bytes = int(run.world.broadcast(torch.tensor([float(len(code))], dtype=torch.float64)).item())
     quantizer = calibrate(run, model, weights, inputs.shards, c.gptq_calibration_batches, c.fisher_batches)
     packed = fit_bytes(run, quantizer, code_bytes)
     run.ledger.close("train")
-    quantizer.log_table(packed.coded)
+    with run.ledger.stage("report"):
+        quantizer.log_table(packed.coded)
+        entropy = entropy_bytes(packed.coded)
     path = run.folder / f"final_model.int{c.matrix_bits}.pglf"
     count = sum(t.q.numel() for t in packed.coded.values() if isinstance(t, IntTensor))
-    log(f"order0_entropy bytes:{entropy_bytes(packed.coded):.0f} bits_per_weight:{8 * len(packed.artifact) / max(count, 1):.4f} "
-        f"ratio:{len(packed.artifact) / max(entropy_bytes(packed.coded), 1):.4f}")
+    log(f"order0_entropy bytes:{entropy:.0f} bits_per_weight:{8 * len(packed.artifact) / max(count, 1):.4f} "
+        f"ratio:{len(packed.artifact) / max(entropy, 1):.4f}")
     log(f"Serialized model quantized+{c.compressor}: {len(packed.artifact)} bytes")
     log(f"Code size (wrapped): {code_bytes} bytes")
     log(f"Total submission size quantized+{c.compressor}: {packed.size} bytes")
@@ -4753,14 +4756,17 @@ def pipeline(config: Config, world: World, log: Log):
     """One run, from what the environment asks for to the last number."""
     start, c = time.perf_counter(), config
     run = Run(config, world, log, Ledger(log, world, c.max_wallclock_seconds), Path(c.artifact_dir or "."))
-    inputs = world.together(lambda: preflight(run))
+    with run.ledger.stage("checks"):
+        inputs = world.together(lambda: preflight(run))
     attention_name = world.together(lambda: choose_attention(c, world.device))
     log_provenance(run, attention_name, inputs.paths)
-    drop_broken_kernels(c, world.device, log)
     torch._dynamo.config.cache_size_limit = 64              # a graph per pass shape, length and grad mode
     torch._dynamo.config.automatic_dynamic_shapes = False   # lengths are few and fixed; cu_seqlens is marked dynamic
     compiled = c.compile_enabled and world.device.type == "cuda" and attention_name != "sdpa"
-    model = GPT(c, world.device, attention_name, compiled)
+    with run.ledger.stage("kernels"):
+        drop_broken_kernels(c, world.device, log)
+    with run.ledger.stage("model"):
+        model = GPT(c, world.device, attention_name, compiled)
     log(f"model_params:{sum(p.numel() for p in model.parameters())}")
     path = run.folder / f"final_model.int{c.matrix_bits}.pglf"
     if not c.ttt_eval_only:
