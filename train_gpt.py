@@ -1716,8 +1716,11 @@ def choose_attention(config: Config, device: torch.device) -> str:
         except Exception:           # a broken wheel raises anything from OSError up
             return False
         return True
+    def repeats() -> bool:          # not every build of FlashAttention 3 has the switch for its backward
+        from flash_attn_interface import flash_attn_varlen_func
+        return not config.deterministic or "deterministic" in inspect.signature(flash_attn_varlen_func).parameters
     cuda = device.type == "cuda"
-    usable = {"fa3": cuda and torch.cuda.get_device_capability(device)[0] == 9 and have("flash_attn_interface"),
+    usable = {"fa3": cuda and torch.cuda.get_device_capability(device)[0] == 9 and have("flash_attn_interface") and repeats(),
               "varlen": cuda and have("torch.nn.attention.varlen"), "sdpa": True}
     if config.attention_backend == "auto":
         return next(name for name, ok in usable.items() if ok)

@@ -1,6 +1,8 @@
 """MODEL: every part and every switch against the float64 reference, causality, and one forward for all callers."""
 
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -163,6 +165,17 @@ def test_unusable_backends_are_refused_and_auto_finds_one():
     for name in ("fa3", "varlen"):
         with pytest.raises(tg.UserError, match=f"ATTENTION_BACKEND={name} .*sdpa"):
             tg.choose_attention(toy.config(ATTENTION_BACKEND=name), cpu)
+
+
+@pytest.mark.parametrize("switch", [True, False])
+def test_deterministic_runs_leave_a_flash_attention_without_the_switch(switch, monkeypatch):
+    module = types.ModuleType("flash_attn_interface")
+    exec(f"def flash_attn_varlen_func(q, k, v{', deterministic=False' if switch else ''}, **_): pass", module.__dict__)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", types.ModuleType("varlen"))
+    chosen = [tg.choose_attention(toy.config(DETERMINISTIC=d), torch.device("cuda")) for d in (0, 1)]
+    assert chosen == ["fa3", "fa3" if switch else "varlen"]
 
 
 # ------------------------------------------------------------------------------------------------------- whole network
@@ -412,8 +425,9 @@ def test_import_names_what_does_not_fit():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["default", "gptj", "sequential", "gated", "attn_out_proj", "untied"])
 def test_compiled_is_as_exact_as_eager_on_the_gpu(name, monkeypatch):
-    """Losses and gradients in bfloat16, compiled and eager, against float32 on the CPU: fusion rounds at other places, but
-    must not lose more than half as much again. Head size 64, as FlashAttention wants."""
+    """Losses and gradients in bfloat16, compiled and eager, against float32 on the CPU. Fusion rounds at other places, so a
+    tensor of one number may come out better or worse: the errors of all tensors together must not be half as large again,
+    nor any of them twice the eager path's worst. Head size 64, as FlashAttention wants."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 64)
     monkeypatch.setattr(torch._dynamo.config, "automatic_dynamic_shapes", False)
@@ -427,8 +441,11 @@ def test_compiled_is_as_exact_as_eager_on_the_gpu(name, monkeypatch):
         losses = model.losses(batch.ids, batch.targets, batch.segments)
         losses.mean().backward()
         results.append([losses.detach().cpu(), *(p.grad.float().cpu() for p in model.parameters())])
-    for what, exact, eager, compiled in zip(["losses", *(n for n, _ in model.named_parameters())], *results):
-        assert (compiled - exact).norm() < 1.5 * (eager - exact).norm() + 1e-3 * exact.norm(), what
+    names = ["losses", *(n for n, _ in model.named_parameters())]
+    exact = results[0]
+    eager, compiled = (torch.tensor([(x - e).norm() / e.norm().clamp_min(1e-6) for x, e in zip(r, exact)]) for r in results[1:])
+    table = "\n".join(f"{n}: eager {a:.5f} compiled {b:.5f}" for n, a, b in zip(names, eager, compiled))
+    assert compiled[0] < 1.5 * eager[0] + 1e-4 and compiled.norm() < 1.5 * eager.norm() and compiled.max() < 2 * eager.max(), table
 
 
 @pytest.mark.gpu
