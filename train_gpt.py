@@ -1435,6 +1435,142 @@ def gated_heads(y_BTHd: Tensor, v_BTKd: Tensor, z_BTH: Tensor, xsa: bool, scale:
     return gated_heads_forward(y_BTHd.contiguous(), v_BTKd.contiguous(), z_BTH.contiguous(), xsa, scale, factor)
 
 
+def past_attention_reference(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, keys_BPKd: Tensor, values_BPKd: Tensor,
+                             position: Tensor, window: int) -> Tensor:
+    """Causal attention of the T positions from `position` [1] on, each to the window of positions that ends with it.
+
+    keys and values are rings of P >= window - 1 + T: position p lies at p % P. They already hold these positions' k and v,
+    and get no gradient themselves.
+    """
+    T, start, device = q_BTHd.shape[1], int(position), q_BTHd.device
+    past, i = torch.arange(max(start - window + 1, 0), start, device=device), torch.arange(start, start + T, device=device)
+    k, v = (torch.cat((ring[:, past % ring.shape[1]], live), 1).transpose(1, 2)
+            for ring, live in ((keys_BPKd, k_BTKd), (values_BPKd, v_BTKd)))
+    i, j = i[:, None], torch.cat((past, i))
+    return F.scaled_dot_product_attention(q_BTHd.transpose(1, 2), k, v, attn_mask=(j <= i) & (j > i - window),
+                                          enable_gqa=q_BTHd.shape[2] != k.shape[1]).transpose(1, 2)
+
+
+if triton is not None:
+    @triton.jit
+    def past_attention_kernel(q, keys, values, y, lse, dy, delta, dq, position, T, P, window, scale, K: tl.constexpr,
+                              G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+                              BACKWARD: tl.constexpr):
+        """M queries of one key/value group per program; the query of head g at position t is its row t G + g. Forward fills
+        y and lse; backward fills dq, and delta = sum(y dy). lse is in base 2: scale contains log2 e."""
+        pair, low = tl.program_id(1).to(tl.int64), tl.program_id(0) * M
+        start = tl.load(position).to(tl.int32)
+        m, j = low + tl.arange(0, M), tl.arange(0, WIDE)
+        row = (pair // K * T + m // G) * (K * G) + pair % K * G + m % G
+        at, ok = row[:, None] * D + j[None, :], (m < T * G)[:, None] & (j < D)[None, :]
+        t = (start + m // G)[:, None]
+        x = tl.load(q + at, mask=ok, other=0.0)
+        total = tl.zeros((M, WIDE), tl.float32)
+        if BACKWARD:
+            grad, top = tl.load(dy + at, mask=ok, other=0.0), tl.load(lse + row, mask=m < T * G, other=0.0)
+            change = tl.sum(grad.to(tl.float32) * tl.load(y + at, mask=ok, other=0.0).to(tl.float32), 1)
+            tl.store(delta + row, change, mask=m < T * G)
+        else:
+            top, mass = tl.full((M,), -1e30, tl.float32), tl.zeros((M,), tl.float32)
+        last = start + tl.minimum(T, (low + M - 1) // G + 1)
+        for first in range(tl.maximum(start + low // G - window + 1, 0), last, N):
+            n = first + tl.arange(0, N)
+            there = ((pair // K * P + n % P) * K + pair % K)[:, None] * D + j[None, :]
+            known = (n < last)[:, None] & (j < D)[None, :]
+            k = tl.load(keys + there, mask=known, other=0.0)
+            v = tl.load(values + there, mask=known, other=0.0)
+            s = tl.dot(x, tl.trans(k), input_precision="ieee") * scale
+            s = tl.where((n[None, :] <= t) & (n[None, :] > t - window), s, float("-inf"))
+            if BACKWARD:
+                ds = tl.exp2(s - top[:, None]) * (tl.dot(grad, tl.trans(v), input_precision="ieee") - change[:, None])
+                total += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+            else:
+                higher = tl.maximum(top, tl.max(s, 1))
+                p, fade = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)
+                mass = mass * fade + tl.sum(p, 1)
+                total = total * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+                top = higher
+        if BACKWARD:
+            tl.store(dq + at, (total * (scale * 0.6931471805599453)).to(dq.dtype.element_ty), mask=ok)
+        else:
+            tl.store(y + at, (total / mass[:, None]).to(y.dtype.element_ty), mask=ok)
+            tl.store(lse + row, top + tl.log2(mass), mask=m < T * G)
+
+    @triton.jit
+    def past_attention_live_kernel(q, k, v, dy, lse, delta, dk, dv, T, window, scale, K: tl.constexpr, G: tl.constexpr,
+                                   D: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+        """Gradients of N live keys and values of one group per program, over the queries of its heads that see them."""
+        pair, low = tl.program_id(1).to(tl.int64), tl.program_id(0) * N
+        n, j = low + tl.arange(0, N), tl.arange(0, WIDE)
+        here, known = ((pair // K * T + n) * K + pair % K)[:, None] * D + j[None, :], (n < T)[:, None] & (j < D)[None, :]
+        key, value = tl.load(k + here, mask=known, other=0.0), tl.load(v + here, mask=known, other=0.0)
+        dkey, dvalue = tl.zeros((N, WIDE), tl.float32), tl.zeros((N, WIDE), tl.float32)
+        for first in range(low * G, tl.minimum(T, low + N - 1 + window) * G, M):
+            m = first + tl.arange(0, M)
+            row, inside, t = (pair // K * T + m // G) * (K * G) + pair % K * G + m % G, m < T * G, (m // G)[:, None]
+            at, ok = row[:, None] * D + j[None, :], inside[:, None] & (j < D)[None, :]
+            x, grad = tl.load(q + at, mask=ok, other=0.0), tl.load(dy + at, mask=ok, other=0.0)
+            s = tl.dot(x, tl.trans(key), input_precision="ieee") * scale
+            s = tl.where(inside[:, None] & (n[None, :] <= t) & (n[None, :] > t - window), s, float("-inf"))
+            p = tl.exp2(s - tl.load(lse + row, mask=inside, other=0.0)[:, None])
+            dvalue += tl.dot(tl.trans(p.to(grad.dtype)), grad, input_precision="ieee")
+            change = tl.load(delta + row, mask=inside, other=0.0)[:, None]
+            ds = p * (tl.dot(grad, tl.trans(value), input_precision="ieee") - change)
+            dkey += tl.dot(tl.trans(ds.to(x.dtype)), x, input_precision="ieee")
+        tl.store(dk + here, (dkey * (scale * 0.6931471805599453)).to(dk.dtype.element_ty), mask=known)
+        tl.store(dv + here, dvalue.to(dv.dtype.element_ty), mask=known)
+
+    def past_attention_sizes(q, k, window):
+        """What both kernels are launched with."""
+        d, kv = q.shape[3], k.shape[2]
+        return (window, d ** -0.5 / math.log(2)), dict(K=kv, G=q.shape[2] // kv, D=d, WIDE=max(triton.next_power_of_2(d), 16),
+                                                       M=64, N=64, num_warps=4, num_stages=2)
+
+    def launch_past_attention(q, keys, values, y, lse, dy, delta, dq, position, window, backward):
+        numbers, sizes = past_attention_sizes(q, keys, window)
+        T, P = q.shape[1], keys.shape[1]
+        past_attention_kernel[(triton.cdiv(T * sizes["G"], 64), len(q) * sizes["K"])](
+            q, keys, values, y, lse, dy, delta, dq, position, T, P, *numbers, **sizes, BACKWARD=backward)
+
+    def launch_past_attention_backward(q, k, v, keys, values, position, window, y, lse, dy, dq, dk, dv):
+        delta, (numbers, sizes) = torch.empty_like(lse), past_attention_sizes(q, k, window)
+        launch_past_attention(q, keys, values, y, lse, dy, delta, dq, position, window, True)
+        past_attention_live_kernel[(triton.cdiv(q.shape[1], 64), len(q) * sizes["K"])](
+            q, k, v, dy, lse, delta, dk, dv, q.shape[1], *numbers, **sizes)
+
+    past_attention_forward = fused_op(
+        "past_attention(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor position, int window) -> (Tensor, Tensor)",
+        lambda q, *_: (torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)),
+        lambda q, k, v, keys, values, position, window, y, lse: launch_past_attention(
+            q, keys, values, y, lse, y, lse, y, position, window, False))
+    past_attention_backward = fused_op(
+        "past_attention_backward(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor position, int window, Tensor y, "
+        "Tensor lse, Tensor dy) -> (Tensor, Tensor, Tensor)",
+        lambda q, k, v, *_: tuple(map(torch.empty_like, (q, k, v))),
+        lambda q, k, v, keys, values, position, window, y, lse, dy, dq, dk, dv: launch_past_attention_backward(
+            q, k, v, keys, values, position, window, y, lse, dy.contiguous(), dq, dk, dv))
+
+    def save_past_attention(ctx, inputs, output):
+        *tensors, ctx.window = inputs
+        ctx.save_for_backward(*tensors, *output)
+
+    def grad_past_attention(ctx, grad, _):
+        *tensors, y, lse = ctx.saved_tensors
+        return *past_attention_backward(*tensors, ctx.window, y, lse, grad), None, None, None, None
+
+    past_attention_forward.register_autograd(grad_past_attention, setup_context=save_past_attention)
+
+
+@kernel(past_attention_reference, lambda c, device: (
+    *(torch.ones(1, length, heads, c.head_dim, dtype=torch.bfloat16, device=device)
+      for length, heads in ((64, c.num_heads), (64, c.num_kv_heads), (64, c.num_kv_heads), (128, c.num_kv_heads), (128, c.num_kv_heads))),
+    torch.full((1,), 100, device=device), 64))
+def past_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, keys_BPKd: Tensor, values_BPKd: Tensor, position: Tensor,
+                   window: int) -> Tensor:
+    """The same on any CUDA GPU, wherever `position` on the device says: one CUDA graph serves all positions (Triton)."""
+    return past_attention_forward(*(t.contiguous() for t in (q_BTHd, k_BTKd, v_BTKd)), keys_BPKd, values_BPKd, position, window)[0]
+
+
 TRELLIS_CODES = {       # states -> parity-check polynomials h0, h1 (Ungerboeck 1982, one-dimensional modulation)
     1: (0o1, 0o0), 4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24)}
 TRELLIS_BLOCK = 128         # columns between two decisions

@@ -17,6 +17,9 @@ import train_gpt as tg
 SOFTCAP_CASES = [(1, 2, 30.0), (5, 384, 30.0), (3, 1000, 2.0), (7, 127, 30.0), (2, 8193, 30.0)]
 HEADS_CASES = [(1, 3, 4, 2, 8, 2), (2, 37, 4, 4, 16, 8), (1, 65, 6, 1, 24, 4), (1, 5, 2, 1, 8, 0)]       # B, T, H, K, d, half
 GATED_CASES = [(1, 3, 4, 2, 8), (2, 37, 4, 4, 16), (1, 65, 6, 1, 24), (1, 33, 2, 1, 64)]
+# B, T, H, K, d, position, window, spare room in the ring
+PAST_CASES = [(2, 7, 4, 2, 8, 0, 20, 3), (1, 37, 4, 2, 16, 50, 21, 0), (1, 5, 2, 2, 64, 90, 300, 9), (2, 33, 6, 2, 24, 200, 70, 0),
+              (1, 70, 4, 1, 16, 9, 100, 1), (1, 1, 2, 1, 16, 3, 2, 0), (1, 90, 2, 1, 16, 0, 10, 0)]
 
 
 def softcap_inputs(n, v, device="cpu", dtype=torch.float32, seed=0):
@@ -135,6 +138,43 @@ def check_gated(function, device, dtype, tolerance):
                     near(a.grad, b.grad, tolerance, f"d{name}")
 
 
+def past_float64(q, k, v, keys, values, position, window):
+    """Position by position over plain lists of what it sees (differentiable)."""
+    B, T, H, d = q.shape
+    P, group, out = keys.shape[1], H // k.shape[2], []
+    for t in range(T):
+        seen = range(max(position + t - window + 1, 0), position + t + 1)
+        pick = lambda ring, live: torch.stack([live[:, p - position] if p >= position else ring[:, p % P]  # noqa: B023
+                                               for p in seen], 1).repeat_interleave(group, 2)              # noqa: B023
+        p = torch.softmax(torch.einsum("bhd,bphd->bhp", q[:, t], pick(keys, k)) / d ** 0.5, -1)
+        out.append(torch.einsum("bhp,bphd->bhd", p, pick(values, v)))
+    return torch.stack(out, 1)
+
+
+def check_past(function, device, dtype, tolerance):
+    """Windows smaller and larger than what is held, none held, a ring that has gone round, queries past one block."""
+    for B, T, H, K, d, position, window, spare in PAST_CASES:
+        g = torch.Generator().manual_seed(4)
+        q, k, v = (torch.randn(B, T, heads, d, generator=g).to(dtype).to(device) for heads in (H, K, K))
+        rings = torch.full((2, B, window - 1 + T + spare, K, d), float("nan"))      # what nobody may read
+        for p in range(max(position - window + 1, 0), position):
+            rings[:, :, p % rings.shape[2]] = torch.randn(2, B, K, d, generator=g)
+        for i in range(T):
+            rings[:, :, (position + i) % rings.shape[2]] = torch.stack((k, v)).float().cpu()[:, :, i]
+        keys, values = rings.to(dtype).to(device)
+        exact = [t.double().cpu().requires_grad_() for t in (q, k, v)]
+        expected = past_float64(*exact, keys.double().cpu(), values.double().cpu(), position, window)
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+        poison(device)
+        out = function(*leaves, keys, values, torch.full((1,), position, device=device), window)
+        near(out, expected.detach(), tolerance, "y")
+        grad = torch.randn(out.shape, generator=g).to(dtype)
+        out.backward(grad.to(device))
+        expected.backward(grad.double())
+        for a, b, name in zip(leaves, exact, "qkv"):
+            near(a.grad, b.grad, tolerance, f"d{name}")
+
+
 def trellis_float64(w, u, step, shrink, state, states):
     """Viterbi for one row, every survivor a plain list: errors of the best path and its last state."""
     nexts = tg.trellis_next(states)
@@ -175,7 +215,8 @@ def check_trellis(function, device, dtype, tolerance):
                 assert int(last[n, r]) == end
 
 
-CHECKS = {"softcap_ce": check_softcap, "qkv_heads": check_heads, "gated_heads": check_gated, "trellis_block": check_trellis}
+CHECKS = {"softcap_ce": check_softcap, "qkv_heads": check_heads, "gated_heads": check_gated, "past_attention": check_past,
+          "trellis_block": check_trellis}
 
 
 def test_every_kernel_has_a_check():
