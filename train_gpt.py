@@ -4458,6 +4458,7 @@ class Adaptation:
         self.rows = max(len(b.documents) for b in self.batches)
         self.caps = torch.full((2,), c.logit_softcap, device=run.world.device) if c.asym_logit_rescale else None
         self.reader = Reader(model, self.rows, int(self.batches[0].documents[0, 1]), self.caps, run.log)
+        self.mark = torch.cuda.Event() if run.world.device.type == "cuda" else None
         self.mine, self.plain, self.adapting, self.read, self.current = Sums(), [], True, 0, 0
 
     def sums(self, documents: np.ndarray, scored: np.ndarray, nats: np.ndarray) -> Sums:
@@ -4512,8 +4513,9 @@ class Adaptation:
         """Asked after every chunk: a signal, or just enough time left to score the rest of the data plainly?"""
         if self.signals.received:
             return True
-        if self.c.eval_time_limit and self.run.world.device.type == "cuda":
-            self.run.world.sync()                   # the clock must not run ahead of the device
+        if self.c.eval_time_limit and self.mark:    # the clock runs no more than a chunk ahead of the device
+            self.mark.synchronize()
+            self.mark.record()
         later = (len(self.data.tokens) - 1 - self.read) / self.run.world.size
         if self.adapting and self.deadline.over(later + self.current - scored + sum(b - first for _, b, first in self.plain)):
             self.adapting = False

@@ -1,9 +1,11 @@
 """Test-time training: scored first, every token once, documents apart, time kept."""
 
+import gc
 import os
 import signal
 import sys
 import time
+import weakref
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -293,3 +295,104 @@ def test_adapted_batch_equals_packed_row():
             cache.advance(b - a)
     torch.testing.assert_close(rows, packed, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.cat(parts, 1), packed, rtol=1e-5, atol=1e-5)
+
+
+def read(reader, documents, tokens=DATA.tokens):
+    """Losses of every document of one batch, as the reader banks them."""
+    batch, out = tg.DocumentBatch(documents, 16), [[] for _ in documents]
+    reader.begin(batch, tokens)
+    for chunk, losses in enumerate(tg.score_first(reader.chunks(), reader.score, reader.adapt)):
+        for (_, size), row, values in zip(documents, out, losses.tolist()):
+            row += values[: max(size - chunk * 16, 0)]
+    reader.adapters.keep(len(documents))
+    return out
+
+
+@pytest.mark.parametrize("settings", [dict(TTT_PROTOCOL="cached"), dict(TTT_OPTIMIZER="sgd", TTT_BETA1=0.5, TTT_LORA_LR=1)])
+def test_a_document_is_read_alike_on_every_rung(settings):
+    """Rows that documents left, and rows that never had one, change nothing: neither losses nor the A that is kept."""
+    run, model = toy.setting(**settings)
+    model.requires_grad_(False)
+    ordered = DOCUMENTS[np.argsort(-DOCUMENTS[:, 1])][[0, 1, 4, 8, 9]]              # 100, 70, 33, 5 and 1 tokens: rows leave
+    reader = tg.Reader(model, 5, 100, None, run.log)
+    assert reader.ladder == [5, 3, 2, 1]
+    whole, a = read(reader, ordered), reader.adapters.kept.clone()
+    assert (reader.adapters.rows, [len(row) for row in whole]) == (1, ordered[:, 1].tolist())
+    for count in (1, 2, 3, 4):                                                      # 4: a row stays empty
+        reader.adapters.restart(run.config.seed)
+        fresh = reader.adapters.kept.clone()
+        for got, expected in zip(read(reader, ordered[:count]), whole):
+            np.testing.assert_allclose(got, expected, atol=2e-5)
+        torch.testing.assert_close(reader.adapters.kept[:count], a[:count], rtol=0, atol=2e-5)
+        assert torch.equal(reader.adapters.kept[count:], fresh[count:]) and not torch.equal(a[0], fresh[0])
+
+
+def test_a_failed_capture_is_one_line_and_eager_reading(monkeypatch):
+    """Where CUDA graphs do not work: every call's result is that of an eager call."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+
+    def refuse(*_, **__):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    lines, calls = [], iter(range(9))
+    graphs = tg.Graphs(True, lines.append)
+    assert [graphs("key", lambda: next(calls)) for _ in range(4)] == [0, 1, 2, 3]
+    assert lines == ["ttt_graphs: no CUDA graph (operation not permitted): eager from here on"]
+
+
+def adapt_on_gpu(monkeypatch, data=DATA, **changes):
+    """toy.adapt on the GPU, and the graphs that it captured, fresh memory counted at every banked chunk."""
+    made, memory, bank = [], [], tg.Reader.adapt
+    monkeypatch.setattr(tg.Reader, "adapt", lambda self, chunk: (bank(self, chunk), memory.append(torch.cuda.memory_allocated())))
+    original = tg.Graphs.__init__
+    monkeypatch.setattr(tg.Graphs, "__init__", lambda self, *rest: (original(self, *rest), made.append(self.graphs))[0])
+    banked = toy.adapt(data, *toy.setting("cuda", **{"TTT_PROTOCOL": "cached", **changes}))[1]
+    monkeypatch.undo()
+    return banked, made[0], memory
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, dict(TTT_GRAD_STEPS=2), dict(TTT_LIVE_TOKENS=5, ASYM_LOGIT_RESCALE=1),
+                                      dict(TTT_OPTIMIZER="sgd", TTT_BETA1=0.5, TTT_LORA_LR=1), dict(TTT_WARM_START_A=0)])
+def test_graphs_change_nothing(monkeypatch, settings):
+    """The same kernels on the same numbers: losses differ by no more than a rounding of a bfloat16 logit (2^-8 of up to 4) that
+    two choices of a library's algorithm may make, and adapting carries on; through phases that change the weights in place."""
+    data = toy.documents(toy.SIZES * 3)
+    eager, none, _ = adapt_on_gpu(monkeypatch, data, TTT_GRAPHS=0, **settings)
+    replayed, graphs, _ = adapt_on_gpu(monkeypatch, data, **settings)
+    assert not none and len(graphs) > 3
+    np.testing.assert_allclose(replayed, eager, rtol=0, atol=0.05)
+    assert abs(replayed - eager).mean() < 2e-3
+
+
+@pytest.mark.gpu
+def test_a_token_changes_no_loss_banked_before_it_with_graphs(monkeypatch):
+    settings = dict(PHASED_TTT_ENABLED=0, TTT_BATCH_SIZE=10)
+    before, graphs, _ = adapt_on_gpu(monkeypatch, **settings)
+    start, size = DOCUMENTS[6]
+    for at in (start + 20, start + 77):
+        tokens = DATA.tokens.copy()
+        tokens[at] = 2 + (tokens[at] - 1) % 62
+        after = adapt_on_gpu(monkeypatch, DATA._replace(tokens=tokens), **settings)[0]
+        changed = abs(after - before) > 2e-5
+        assert not changed[: at - 1].any() and not changed[start + size:].any() and changed[at - 1: start + size].any()
+
+
+@pytest.mark.gpu
+def test_memory_does_not_grow_with_the_batches(monkeypatch):
+    memory = adapt_on_gpu(monkeypatch, toy.documents((100, 90, 80) * 20), PHASED_TTT_ENABLED=0)[2]
+    assert max(memory[len(memory) // 2:]) <= max(memory[: len(memory) // 2])
+
+
+@pytest.mark.parametrize("protocol", ["published", "cached"])
+def test_what_reading_held_is_given_back(monkeypatch, protocol):
+    """At once, without the garbage collector: it is gigabytes."""
+    readers, original = [], tg.Reader.__init__
+    monkeypatch.setattr(tg.Reader, "__init__", lambda self, *rest: (original(self, *rest), readers.append(weakref.ref(self)))[0])
+    gc.disable()
+    try:
+        toy.adapt(DATA, TTT_PROTOCOL=protocol)
+        assert len(readers) == 1 and readers[0]() is None
+    finally:
+        gc.enable()
