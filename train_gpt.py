@@ -1128,16 +1128,18 @@ class Kernel:
     fast: Callable
     example: Callable[[Config, torch.device], tuple] | None = None      # arguments as the run's network will give them
     enabled: bool = True
+    eager: bool = False     # inside torch.compile the reference serves: the compiler fuses it with its neighbours
 
     def __call__(self, x: Tensor, *rest):
-        return (self.fast if self.enabled and x.is_cuda else self.reference)(x, *rest)
+        fast = self.enabled and x.is_cuda and not (self.eager and torch.compiler.is_compiling())
+        return (self.fast if fast else self.reference)(x, *rest)
 
 
-def kernel(reference: Callable, example: Callable[[Config, torch.device], tuple]):
+def kernel(reference: Callable, example: Callable[[Config, torch.device], tuple], eager: bool = False):
     """Decorator: register a fast version beside its reference, under the reference's name less `_reference`."""
     def register(fast: Callable) -> Kernel:
         name = reference.__name__.removesuffix("_reference")
-        KERNELS[name] = Kernel(reference, fast, example)
+        KERNELS[name] = Kernel(reference, fast, example, eager=eager)
         return KERNELS[name]
     return register
 
@@ -1572,6 +1574,99 @@ def past_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, keys_BPKd: Te
     return past_attention_forward(*(t.contiguous() for t in (q_BTHd, k_BTKd, v_BTKd)), keys_BPKd, values_BPKd, position, window)[0]
 
 
+def blend_reference(x: Tensor, y: Tensor, x_weight_D: Tensor | None, y_weight_D: Tensor) -> Tensor:
+    """x_weight x + y_weight y, summed in float32, in x's precision; x_weight None: 1."""
+    return ((x if x_weight_D is None else x_weight_D * x) + y_weight_D * y).to(x.dtype)
+
+
+def leaky_square_reference(x: Tensor) -> Tensor:
+    """leaky_relu(x, 0.5)^2."""
+    return F.leaky_relu(x, 0.5).square()
+
+
+if triton is not None:
+    @triton.jit
+    def blend_kernel(x, y, x_weight, y_weight, out, dx, dy, N, D: tl.constexpr, WEIGHED: tl.constexpr, BACKWARD: tl.constexpr,
+                     BLOCK: tl.constexpr):
+        """BLOCK numbers per program. Backward reads the gradient in `out` and fills dy, and dx if x is weighed."""
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        ok, a, b = i < N, 1.0, tl.load(y_weight + i % D)
+        if WEIGHED:
+            a = tl.load(x_weight + i % D)
+        if BACKWARD:
+            g = tl.load(out + i, mask=ok, other=0.0).to(tl.float32)
+            tl.store(dy + i, (b * g).to(dy.dtype.element_ty), mask=ok)
+            if WEIGHED:
+                tl.store(dx + i, (a * g).to(dx.dtype.element_ty), mask=ok)
+        else:
+            total = a * tl.load(x + i, mask=ok, other=0.0).to(tl.float32) + b * tl.load(y + i, mask=ok, other=0.0).to(tl.float32)
+            tl.store(out + i, total.to(out.dtype.element_ty), mask=ok)
+
+    @triton.jit
+    def leaky_square_kernel(x, out, dx, N, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        z = tl.load(x + i, mask=i < N, other=0.0).to(tl.float32)
+        slope = tl.where(z > 0, 1.0, 0.5)
+        if BACKWARD:
+            g = tl.load(out + i, mask=i < N, other=0.0).to(tl.float32)
+            tl.store(dx + i, (2 * slope * slope * z * g).to(dx.dtype.element_ty), mask=i < N)
+        else:
+            tl.store(out + i, (slope * slope * z * z).to(out.dtype.element_ty), mask=i < N)
+
+    class Blend(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            x, y, x_weight, y_weight = inputs
+            ctx.save_for_backward(*inputs)
+            return Blend.launch(inputs, torch.empty_like(x), x, x, False)
+
+        @staticmethod
+        def launch(inputs, out, dx, dy, backward: bool):
+            x, y, x_weight, y_weight = inputs
+            blend_kernel[(triton.cdiv(x.numel(), 1024),)](
+                x, y, y_weight if x_weight is None else x_weight, y_weight, out, dx, dy, x.numel(), D=x.shape[-1],
+                WEIGHED=x_weight is not None, BACKWARD=backward, BLOCK=1024)
+            return out
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, y, x_weight, y_weight = inputs = ctx.saved_tensors
+            grad = grad.contiguous()
+            dx, dy = grad if x_weight is None else torch.empty_like(x), torch.empty_like(y)
+            Blend.launch(inputs, grad, dx, dy, True)
+            summed = lambda i, t: (grad.float() * t).flatten(0, -2).sum(0) if ctx.needs_input_grad[i] else None
+            return dx, dy, summed(2, x), summed(3, y)
+
+    class LeakySquare(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            out = torch.empty_like(x)
+            leaky_square_kernel[(triton.cdiv(x.numel(), 1024),)](x, out, x, x.numel(), BACKWARD=False, BLOCK=1024)
+            return out
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, = ctx.saved_tensors
+            dx, grad = torch.empty_like(x), grad.contiguous()
+            leaky_square_kernel[(triton.cdiv(x.numel(), 1024),)](x, grad, dx, x.numel(), BACKWARD=True, BLOCK=1024)
+            return dx
+
+
+@kernel(blend_reference, lambda c, device: (
+    *(torch.ones(1, 64, c.model_dim, dtype=torch.bfloat16, device=device) for _ in "xy"),
+    *(torch.ones(c.model_dim, device=device) for _ in "xy")), eager=True)
+def blend(x: Tensor, y: Tensor, x_weight_D: Tensor | None, y_weight_D: Tensor) -> Tensor:
+    """One kernel, and one for the gradients of x and y (Triton)."""
+    return Blend.apply(x.contiguous(), y.contiguous(), x_weight_D, y_weight_D)
+
+
+@kernel(leaky_square_reference, lambda c, device: (torch.ones(1, 64, c.mlp_dim, dtype=torch.bfloat16, device=device),), eager=True)
+def leaky_square(x: Tensor) -> Tensor:
+    """One kernel, and one for its gradient (Triton)."""
+    return LeakySquare.apply(x.contiguous())
+
+
 TRELLIS_CODES = {       # states -> parity-check polynomials h0, h1 (Ungerboeck 1982, one-dimensional modulation)
     1: (0o1, 0o0), 4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24)}
 TRELLIS_BLOCK = 128         # columns between two decisions
@@ -1908,7 +2003,7 @@ def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: Pa
 
 def mlp(n: Tensor, w: Layer, adapter: PassAdapters, tap) -> Tensor:
     """leaky_relu(n Up^T, 0.5)^2 Down^T."""
-    hidden = F.leaky_relu(linear(n, w.up), 0.5).square()
+    hidden = leaky_square(linear(n, w.up))
     if tap:
         tap("mlp.fc", n)
         tap("mlp.proj", hidden)
@@ -1928,14 +2023,15 @@ def block(x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip | None, w: Laye
     """
     dtype = x.dtype
     if skip is not None:
-        merged = skip.weight * skip.x
-        x = (merged + torch.sigmoid(skip.gate) * (x - merged) if skip.gate is not None else x + merged).to(dtype)
-    u = (w.mix[0] * x + w.mix[1] * x0).to(dtype)
+        keep = None if skip.gate is None else torch.sigmoid(skip.gate)
+        x = blend(x, skip.x, keep, skip.weight if keep is None else skip.weight * (1 - keep))
+    u = blend(x, x0, *w.mix.unbind(0))
     n = norm(u) * w.depth_scale
-    att = w.attn_scale * attention(n, w, segments, rope, shape, adapter, tap, past)
+    att = attention(n, w, segments, rope, shape, adapter, tap, past)
     if shape.kind == "sequential":
-        h = (u + att).to(dtype)
-        return (h + w.mlp_scale * mlp(norm(h) * w.depth_scale, w, adapter, tap)).to(dtype), None
+        h = blend(u, att, None, w.attn_scale)
+        return blend(h, mlp(norm(h) * w.depth_scale, w, adapter, tap), None, w.mlp_scale), None
+    att = w.attn_scale * att
     out = w.mlp_scale * mlp(norm(u if shape.kind == "parallel" else lane) * w.depth_scale, w, adapter, tap)
     if shape.kind == "parallel":
         return (u + att + out).to(dtype), None
@@ -2066,7 +2162,7 @@ class GPT(nn.Module):
         flexible(ids_BT, *(t for lora in adapters_of(adapters) for t in lora[:2]))
         fresh = cache.positions(ids_BT.shape[1]) == 1 if cache else segments.fresh if segments else None
         x = (self.embed if compiled else embed)(ids_BT, self.tok_emb, self.smear_gate, self.smear_lambda, self.dtype, fresh)
-        x0 = x = x[:, 1:] if cache else x
+        x0 = x = x[:, 1:].contiguous() if cache else x
         layers, lane, skips = self.layers(), None, []
         length = x.shape[1]
         if cache:

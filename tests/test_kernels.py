@@ -175,6 +175,39 @@ def check_past(function, device, dtype, tolerance):
             near(a.grad, b.grad, tolerance, f"d{name}")
 
 
+def check_blend(function, device, dtype, tolerance):
+    for shape, weighed in (((1, 3, 5), True), ((2, 37, 48), False), ((3, 70, 32), True)):
+        g = torch.Generator().manual_seed(5)
+        x, y = (torch.randn(shape, generator=g).to(dtype).to(device) for _ in "xy")
+        weights = [torch.randn(shape[-1], generator=g).to(device) for _ in "xy"]
+        exact = [t.double().cpu().requires_grad_() for t in (x, y, *weights)]
+        expected = (exact[2] if weighed else 1) * exact[0] + exact[3] * exact[1]
+        leaves = [t.requires_grad_() for t in (x, y, *weights)]
+        poison(device)
+        out = function(x, y, weights[0] if weighed else None, weights[1])
+        near(out, expected.detach(), tolerance, "out")
+        grad = torch.randn(shape, generator=g).to(dtype)
+        out.backward(grad.to(device))
+        expected.backward(grad.double())
+        for a, b in zip(leaves, exact):
+            assert (a.grad is None) == (b.grad is None)
+            if b.grad is not None:
+                near(a.grad, b.grad, tolerance, "gradient")
+
+
+def check_leaky_square(function, device, dtype, tolerance):
+    for shape in ((1, 1, 1), (2, 37, 48), (3, 700)):
+        g = torch.Generator().manual_seed(6)
+        x, grad = (torch.randn(shape, generator=g).to(dtype) for _ in "xg")
+        z = x.double()
+        leaf = x.to(device).requires_grad_()
+        poison(device)
+        out = function(leaf)
+        near(out, torch.where(z > 0, z, z / 2) ** 2, tolerance, "out")
+        out.backward(grad.to(device))
+        near(leaf.grad, grad.double() * torch.where(z > 0, 2 * z, z / 2), tolerance, "gradient")
+
+
 def trellis_float64(w, u, step, shrink, state, states):
     """Viterbi for one row, every survivor a plain list: errors of the best path and its last state."""
     nexts = tg.trellis_next(states)
@@ -216,7 +249,7 @@ def check_trellis(function, device, dtype, tolerance):
 
 
 CHECKS = {"softcap_ce": check_softcap, "qkv_heads": check_heads, "gated_heads": check_gated, "past_attention": check_past,
-          "trellis_block": check_trellis}
+          "blend": check_blend, "leaky_square": check_leaky_square, "trellis_block": check_trellis}
 
 
 def test_every_kernel_has_a_check():
