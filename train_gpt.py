@@ -4318,6 +4318,7 @@ class Graphs:
                     result = function()
             except RuntimeError as e:
                 self.wanted = False
+                torch.cuda.set_stream(torch.cuda.default_stream())          # a capture that fails may stay on its own
                 self.log(f"ttt_graphs: no CUDA graph ({(str(e).splitlines() or [''])[0][:100]}): eager from here on")
                 return function()
             self.graphs[key] = graph, result

@@ -154,7 +154,7 @@ def main():
         counts = np.diff((np.cumsum(tokens != tg.BOS) * a.bytes_per_token).astype(np.int64), prepend=0)
     order = np.random.default_rng(0).permutation(len(tg.find_documents(tokens)))
     data = choose_documents(tokens, counts, order[: a.documents], a.longest)
-    tune = choose_documents(tokens, counts, order[a.documents: a.documents + a.tune_documents], a.longest)
+    tune = choose_documents(tokens, counts, order[a.documents: a.documents + a.tune_documents], a.longest) if a.tune_documents else None
     cuda = b.world.device.type == "cuda"
     out = {"device": b.device_name, "torch": torch.__version__, "documents": a.documents, "tokens": len(data.tokens) - 1,
            "compile": a.compile, "batch": a.batch, "published_batch": a.published_batch, "rank": a.rank, "phases": a.phases}

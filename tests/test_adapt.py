@@ -334,14 +334,16 @@ def test_a_failed_capture_is_one_line_and_eager_reading(monkeypatch):
     """Where CUDA graphs do not work: every call's result is that of an eager call."""
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: "default")
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: streams.append(stream))
 
     def refuse(*_, **__):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
     monkeypatch.setattr(torch.cuda, "graph", refuse)
-    lines, calls = [], iter(range(9))
+    lines, streams, calls = [], [], iter(range(9))
     graphs = tg.Graphs(True, lines.append)
     assert [graphs("key", lambda: next(calls)) for _ in range(4)] == [0, 1, 2, 3]
-    assert lines == ["ttt_graphs: no CUDA graph (operation not permitted): eager from here on"]
+    assert lines == ["ttt_graphs: no CUDA graph (operation not permitted): eager from here on"] and streams == ["default"]
 
 
 class Recorder(TorchDispatchMode):
