@@ -1667,6 +1667,48 @@ def leaky_square(x: Tensor) -> Tensor:
     return LeakySquare.apply(x.contiguous())
 
 
+@torch.no_grad()
+def adamw_reference(weights: Tensor, low: Tensor, gradient: Tensor, first: Tensor | None, second: Tensor, step: int, lr: float,
+                    beta1: float, beta2: float, decay: float) -> Tensor:
+    """AdamW's step number `step` (from 1), eps 1e-10, in place; low: a copy of the weights in the gradient's precision, or they
+    themselves. first: None where beta1 is 0."""
+    g = gradient.float()
+    m = g if first is None else first.lerp_(g, 1 - beta1)
+    second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    weights.mul_(1 - lr * decay).addcdiv_(m, (second / (1 - beta2 ** step)).sqrt_().add_(1e-10), value=-lr / (1 - beta1 ** step))
+    return low.copy_(weights)
+
+
+if triton is not None:
+    @triton.jit
+    def adamw_kernel(weights, low, gradient, first, second, N, keep, rate, beta1, beta2, root, MOMENTUM: tl.constexpr,
+                     BLOCK: tl.constexpr):
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        ok = i < N
+        g = tl.load(gradient + i, mask=ok, other=0.0).to(tl.float32)
+        m = g
+        if MOMENTUM:
+            m = beta1 * tl.load(first + i, mask=ok, other=0.0) + (1 - beta1) * g
+            tl.store(first + i, m, mask=ok)
+        v = beta2 * tl.load(second + i, mask=ok, other=0.0) + (1 - beta2) * g * g
+        w = keep * tl.load(weights + i, mask=ok, other=0.0) - rate * m / (root * tl.sqrt(v) + 1e-10)
+        tl.store(second + i, v, mask=ok)
+        tl.store(weights + i, w, mask=ok)
+        tl.store(low + i, w.to(low.dtype.element_ty), mask=ok)
+
+
+@kernel(adamw_reference, lambda c, device: (
+    torch.ones(2, 64, device=device), *(torch.ones(2, 64, dtype=torch.bfloat16, device=device) for _ in range(2)),
+    None if c.ttt_beta1 == 0 else torch.ones(2, 64, device=device), torch.ones(2, 64, device=device), 1, 1e-4, c.ttt_beta1, 0.99, 0.5))
+def adamw(weights: Tensor, low: Tensor, gradient: Tensor, first: Tensor | None, second: Tensor, step: int, lr: float, beta1: float,
+          beta2: float, decay: float) -> Tensor:
+    """Everything read once and written once; contiguous tensors (Triton)."""
+    adamw_kernel[(triton.cdiv(weights.numel(), 1024),)](
+        weights, low, gradient, second if first is None else first, second, weights.numel(), 1 - lr * decay, lr / (1 - beta1 ** step),
+        beta1, beta2, (1 - beta2 ** step) ** -0.5, MOMENTUM=first is not None, BLOCK=1024)
+    return low
+
+
 TRELLIS_CODES = {       # states -> parity-check polynomials h0, h1 (Ungerboeck 1982, one-dimensional modulation)
     1: (0o1, 0o0), 4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24)}
 TRELLIS_BLOCK = 128         # columns between two decisions
@@ -4224,8 +4266,8 @@ class DocumentAdapters:
     """A LoRA on the matrices of every pass slot, and on the head, for each document of a batch; and their optimizer.
 
     A starts uniform +-1/sqrt(in), B zero: a new document starts from the base model. Everything of one document is one row
-    of `weights` (all A, then all B, in adapters_of's order): the first documents of a batch are a prefix of each tensor, the
-    optimizer is a few kernels, and nothing ever moves.
+    of `weights` (all A, then all B, in adapters_of's order; `low`: in the compute precision): the first documents of a batch
+    are a prefix of each tensor, the optimizer is one kernel, and nothing ever moves.
     """
 
     def __init__(self, model: GPT, rows: int, seed: int):
@@ -4234,10 +4276,12 @@ class DocumentAdapters:
         self.kinds = [kind for kind in PassAdapters._fields if getattr(c, f"ttt_{kind}_lora")]
         outputs = [kv if kind in ("k", "v") else D for kind in self.kinds] * slots + [c.vocab_size] * c.ttt_head_lora
         self.shapes = [(R, D)] * len(outputs) + [(out, R) for out in outputs]
-        self.counts, self.slots, self.dtype, device = [a * b for a, b in self.shapes], slots, model.dtype, model.tok_emb.device
-        self.weights, self.gradient, *self.moments = (torch.zeros(rows, sum(self.counts), device=device) for _ in range(4))
-        self.kept = torch.empty(rows, R * D * len(outputs), device=device)
-        self.steps, self.generator, self.optimizers = torch.zeros((), device=device), torch.Generator(device), {}
+        self.counts, self.slots, device = [a * b for a, b in self.shapes], slots, model.tok_emb.device
+        zeros = lambda dtype=torch.float32: torch.zeros(rows, sum(self.counts), dtype=dtype, device=device)
+        self.weights, self.gradient = zeros(), zeros(model.dtype)
+        self.low = self.weights if model.dtype == torch.float32 else zeros(model.dtype)
+        self.first, self.second = zeros() if c.ttt_beta1 else None, zeros() if c.ttt_optimizer == "adam" else None
+        self.kept, self.generator = torch.empty(rows, R * D * len(outputs), device=device), torch.Generator(device)
         self.restart(seed)
 
     def restart(self, seed: int):
@@ -4250,12 +4294,14 @@ class DocumentAdapters:
 
     def begin(self, rows: int):
         """B zero, optimizer state zero; A as the row's last document left it (TTT_WARM_START_A), or new."""
-        self.rows = rows
+        self.rows, self.steps = rows, 0
         if not self.c.ttt_warm_start_a:
             self.draw()
         self.weights[:, : self.kept.shape[1]] = self.kept
-        for t in (self.weights[:, self.kept.shape[1]:], self.steps, *self.moments):
-            t.zero_()
+        for t in (self.weights[:, self.kept.shape[1]:], self.first, self.second):
+            if t is not None:
+                t.zero_()
+        self.low.copy_(self.weights)
 
     def keep(self, rows: int):
         """Remember A for the first rows' next documents; a row that went wrong keeps the A that it began with."""
@@ -4268,7 +4314,7 @@ class DocumentAdapters:
 
     def build(self, rows: slice, caps: Tensor | None) -> Adapters:
         """The forward's argument for some rows: leaves in the compute precision."""
-        parts = [t.detach().requires_grad_() for t in self.split(self.weights[rows].to(self.dtype))] if self.shapes else []
+        parts = [t.detach().requires_grad_() for t in self.split(self.low[rows])] if self.shapes else []
         half, scale = len(parts) // 2, self.c.ttt_lora_alpha / self.c.ttt_lora_rank
         loras = (LoRA(a, b, scale) for a, b in zip(parts[:half], parts[half:]))
         passes = tuple(PassAdapters(**{kind: next(loras) for kind in self.kinds}) for _ in range(self.slots))
@@ -4281,22 +4327,16 @@ class DocumentAdapters:
         for target, part in zip(self.split(self.gradient[rows]), gradient):
             target.copy_(part)
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Of the first rows, made once for each number of them; all share one state."""
-        if self.rows not in self.optimizers:
-            c, (p, gradient, *moments) = self.c, (t[: self.rows] for t in (self.weights, self.gradient, *self.moments))
-            p.grad, options = gradient, {"lr": c.ttt_lora_lr, "weight_decay": c.ttt_weight_decay}
-            if c.ttt_optimizer == "sgd":
-                optimizer, state = torch.optim.SGD([p], momentum=c.ttt_beta1, **options), {"momentum_buffer": moments[0]}
-            else:
-                optimizer = torch.optim.AdamW([p], betas=(c.ttt_beta1, c.ttt_beta2), eps=1e-10, fused=True, **options)
-                state = {"step": self.steps, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
-            optimizer.state[p] = state
-            self.optimizers[self.rows] = optimizer
-        return self.optimizers[self.rows]
-
     def step(self):
-        self.optimizer().step()
+        """One update of the first rows from their gradient."""
+        c, self.steps = self.c, self.steps + 1
+        weights, low, gradient, first, second = (t if t is None else t[: self.rows]
+                                                 for t in (self.weights, self.low, self.gradient, self.first, self.second))
+        if c.ttt_optimizer == "adam":
+            adamw(weights, low, gradient, first, second, self.steps, c.ttt_lora_lr, c.ttt_beta1, c.ttt_beta2, c.ttt_weight_decay)
+        else:
+            g = gradient.float().add(weights, alpha=c.ttt_weight_decay)
+            low.copy_(weights.sub_(g if first is None else first.mul_(c.ttt_beta1).add_(g), alpha=c.ttt_lora_lr))
 
 
 class Graphs:

@@ -208,6 +208,24 @@ def check_leaky_square(function, device, dtype, tolerance):
         near(leaf.grad, grad.double() * torch.where(z > 0, 2 * z, z / 2), tolerance, "gradient")
 
 
+def check_adamw(function, device, dtype, tolerance):
+    """Three steps of torch.optim.AdamW in float64; the copy of the weights in the gradient's precision."""
+    for shape, beta1 in (((1, 5), 0.0), ((3, 700), 0.9), ((2, 1024), 0.0)):
+        g = torch.Generator().manual_seed(7)
+        start = torch.randn(shape, generator=g)
+        exact = start.double().requires_grad_()
+        optimizer = torch.optim.AdamW([exact], lr=0.01, betas=(beta1, 0.99), eps=1e-10, weight_decay=0.5)
+        weights, second = start.to(device), torch.zeros(shape, device=device)
+        low, first = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, device=device) if beta1 else None
+        for step in (1, 2, 3):
+            gradient = torch.randn(shape, generator=g).to(dtype)
+            exact.grad = gradient.double()
+            optimizer.step()
+            function(weights, low, gradient.to(device), first, second, step, 0.01, beta1, 0.99, 0.5)
+        near(weights, exact.detach(), 2e-5, "weights")
+        near(low, exact.detach(), tolerance, "low")
+
+
 def trellis_float64(w, u, step, shrink, state, states):
     """Viterbi for one row, every survivor a plain list: errors of the best path and its last state."""
     nexts = tg.trellis_next(states)
@@ -249,7 +267,7 @@ def check_trellis(function, device, dtype, tolerance):
 
 
 CHECKS = {"softcap_ce": check_softcap, "qkv_heads": check_heads, "gated_heads": check_gated, "past_attention": check_past,
-          "blend": check_blend, "leaky_square": check_leaky_square, "trellis_block": check_trellis}
+          "blend": check_blend, "leaky_square": check_leaky_square, "adamw": check_adamw, "trellis_block": check_trellis}
 
 
 def test_every_kernel_has_a_check():
