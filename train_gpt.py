@@ -230,7 +230,8 @@ class Config:
     ttt_o_lora: bool = knob(True, "adapter on output projections")
     ttt_mlp_lora: bool = knob(True, "adapter on MLPs")
     ttt_head_lora: bool = knob(True, "adapter on the head")
-    ttt_compile: bool = knob(False, "torch.compile while adapting (on CUDA)")
+    ttt_compile: bool = knob(False, "published: torch.compile while adapting (on CUDA)")
+    ttt_graphs: bool = knob(True, "cached: CUDA graphs of forward and backward")
     asym_logit_rescale: bool = knob(False, "softcaps of positive and negative logits, trained in the global phases (PR 1923)")
     global_ttt_lr: float = knob(0.001, "global SGD", at_least=0)
     global_ttt_momentum: float = knob(0.9, "global SGD", at_least=0, at_most=1)
@@ -1127,16 +1128,18 @@ class Kernel:
     fast: Callable
     example: Callable[[Config, torch.device], tuple] | None = None      # arguments as the run's network will give them
     enabled: bool = True
+    eager: bool = False     # inside torch.compile the reference serves: the compiler fuses it with its neighbours
 
     def __call__(self, x: Tensor, *rest):
-        return (self.fast if self.enabled and x.is_cuda else self.reference)(x, *rest)
+        fast = self.enabled and x.is_cuda and not (self.eager and torch.compiler.is_compiling())
+        return (self.fast if fast else self.reference)(x, *rest)
 
 
-def kernel(reference: Callable, example: Callable[[Config, torch.device], tuple]):
+def kernel(reference: Callable, example: Callable[[Config, torch.device], tuple], eager: bool = False):
     """Decorator: register a fast version beside its reference, under the reference's name less `_reference`."""
     def register(fast: Callable) -> Kernel:
         name = reference.__name__.removesuffix("_reference")
-        KERNELS[name] = Kernel(reference, fast, example)
+        KERNELS[name] = Kernel(reference, fast, example, eager=eager)
         return KERNELS[name]
     return register
 
@@ -1435,6 +1438,277 @@ def gated_heads(y_BTHd: Tensor, v_BTKd: Tensor, z_BTH: Tensor, xsa: bool, scale:
     return gated_heads_forward(y_BTHd.contiguous(), v_BTKd.contiguous(), z_BTH.contiguous(), xsa, scale, factor)
 
 
+def past_attention_reference(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, keys_BPKd: Tensor, values_BPKd: Tensor,
+                             position: Tensor, window: int) -> Tensor:
+    """Causal attention of the T positions from `position` [1] on, each to the window of positions that ends with it.
+
+    keys and values are rings of P >= window - 1 + T: position p lies at p % P. They already hold these positions' k and v,
+    and get no gradient themselves.
+    """
+    T, start, device = q_BTHd.shape[1], int(position), q_BTHd.device
+    past, i = torch.arange(max(start - window + 1, 0), start, device=device), torch.arange(start, start + T, device=device)
+    k, v = (torch.cat((ring[:, past % ring.shape[1]], live), 1).transpose(1, 2)
+            for ring, live in ((keys_BPKd, k_BTKd), (values_BPKd, v_BTKd)))
+    i, j = i[:, None], torch.cat((past, i))
+    return F.scaled_dot_product_attention(q_BTHd.transpose(1, 2), k, v, attn_mask=(j <= i) & (j > i - window),
+                                          enable_gqa=q_BTHd.shape[2] != k.shape[1]).transpose(1, 2)
+
+
+if triton is not None:
+    @triton.jit
+    def past_attention_kernel(q, keys, values, y, lse, dy, delta, dq, position, T, P, window, scale, K: tl.constexpr,
+                              G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+                              BACKWARD: tl.constexpr):
+        """M queries of one key/value group per program; the query of head g at position t is its row t G + g. Forward fills
+        y and lse; backward fills dq, and delta = sum(y dy). lse is in base 2: scale contains log2 e."""
+        pair, low = tl.program_id(1).to(tl.int64), tl.program_id(0) * M
+        start = tl.load(position).to(tl.int32)
+        m, j = low + tl.arange(0, M), tl.arange(0, WIDE)
+        row = (pair // K * T + m // G) * (K * G) + pair % K * G + m % G
+        at, ok = row[:, None] * D + j[None, :], (m < T * G)[:, None] & (j < D)[None, :]
+        t = (start + m // G)[:, None]
+        x = tl.load(q + at, mask=ok, other=0.0)
+        total = tl.zeros((M, WIDE), tl.float32)
+        if BACKWARD:
+            grad, top = tl.load(dy + at, mask=ok, other=0.0), tl.load(lse + row, mask=m < T * G, other=0.0)
+            change = tl.sum(grad.to(tl.float32) * tl.load(y + at, mask=ok, other=0.0).to(tl.float32), 1)
+            tl.store(delta + row, change, mask=m < T * G)
+        else:
+            top, mass = tl.full((M,), -1e30, tl.float32), tl.zeros((M,), tl.float32)
+        last = start + tl.minimum(T, (low + M - 1) // G + 1)
+        for first in range(tl.maximum(start + low // G - window + 1, 0), last, N):
+            n = first + tl.arange(0, N)
+            there = ((pair // K * P + n % P) * K + pair % K)[:, None] * D + j[None, :]
+            known = (n < last)[:, None] & (j < D)[None, :]
+            k = tl.load(keys + there, mask=known, other=0.0)
+            v = tl.load(values + there, mask=known, other=0.0)
+            s = tl.dot(x, tl.trans(k), input_precision="ieee") * scale
+            s = tl.where((n[None, :] <= t) & (n[None, :] > t - window), s, float("-inf"))
+            if BACKWARD:
+                ds = tl.exp2(s - top[:, None]) * (tl.dot(grad, tl.trans(v), input_precision="ieee") - change[:, None])
+                total += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+            else:
+                higher = tl.maximum(top, tl.max(s, 1))
+                p, fade = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)
+                mass = mass * fade + tl.sum(p, 1)
+                total = total * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+                top = higher
+        if BACKWARD:
+            tl.store(dq + at, (total * (scale * 0.6931471805599453)).to(dq.dtype.element_ty), mask=ok)
+        else:
+            tl.store(y + at, (total / mass[:, None]).to(y.dtype.element_ty), mask=ok)
+            tl.store(lse + row, top + tl.log2(mass), mask=m < T * G)
+
+    @triton.jit
+    def past_attention_live_kernel(q, k, v, dy, lse, delta, dk, dv, T, window, scale, K: tl.constexpr, G: tl.constexpr,
+                                   D: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+        """Gradients of N live keys and values of one group per program, over the queries of its heads that see them."""
+        pair, low = tl.program_id(1).to(tl.int64), tl.program_id(0) * N
+        n, j = low + tl.arange(0, N), tl.arange(0, WIDE)
+        here, known = ((pair // K * T + n) * K + pair % K)[:, None] * D + j[None, :], (n < T)[:, None] & (j < D)[None, :]
+        key, value = tl.load(k + here, mask=known, other=0.0), tl.load(v + here, mask=known, other=0.0)
+        dkey, dvalue = tl.zeros((N, WIDE), tl.float32), tl.zeros((N, WIDE), tl.float32)
+        for first in range(low * G, tl.minimum(T, low + N - 1 + window) * G, M):
+            m = first + tl.arange(0, M)
+            row, inside, t = (pair // K * T + m // G) * (K * G) + pair % K * G + m % G, m < T * G, (m // G)[:, None]
+            at, ok = row[:, None] * D + j[None, :], inside[:, None] & (j < D)[None, :]
+            x, grad = tl.load(q + at, mask=ok, other=0.0), tl.load(dy + at, mask=ok, other=0.0)
+            s = tl.dot(x, tl.trans(key), input_precision="ieee") * scale
+            s = tl.where(inside[:, None] & (n[None, :] <= t) & (n[None, :] > t - window), s, float("-inf"))
+            p = tl.exp2(s - tl.load(lse + row, mask=inside, other=0.0)[:, None])
+            dvalue += tl.dot(tl.trans(p.to(grad.dtype)), grad, input_precision="ieee")
+            change = tl.load(delta + row, mask=inside, other=0.0)[:, None]
+            ds = p * (tl.dot(grad, tl.trans(value), input_precision="ieee") - change)
+            dkey += tl.dot(tl.trans(ds.to(x.dtype)), x, input_precision="ieee")
+        tl.store(dk + here, (dkey * (scale * 0.6931471805599453)).to(dk.dtype.element_ty), mask=known)
+        tl.store(dv + here, dvalue.to(dv.dtype.element_ty), mask=known)
+
+    def past_attention_sizes(q, k, window):
+        """What both kernels are launched with."""
+        d, kv = q.shape[3], k.shape[2]
+        return (window, d ** -0.5 / math.log(2)), dict(K=kv, G=q.shape[2] // kv, D=d, WIDE=max(triton.next_power_of_2(d), 16),
+                                                       M=64, N=64, num_warps=4, num_stages=2)
+
+    def launch_past_attention(q, keys, values, y, lse, dy, delta, dq, position, window, backward):
+        numbers, sizes = past_attention_sizes(q, keys, window)
+        T, P = q.shape[1], keys.shape[1]
+        past_attention_kernel[(triton.cdiv(T * sizes["G"], 64), len(q) * sizes["K"])](
+            q, keys, values, y, lse, dy, delta, dq, position, T, P, *numbers, **sizes, BACKWARD=backward)
+
+    def launch_past_attention_backward(q, k, v, keys, values, position, window, y, lse, dy, dq, dk, dv):
+        delta, (numbers, sizes) = torch.empty_like(lse), past_attention_sizes(q, k, window)
+        launch_past_attention(q, keys, values, y, lse, dy, delta, dq, position, window, True)
+        past_attention_live_kernel[(triton.cdiv(q.shape[1], 64), len(q) * sizes["K"])](
+            q, k, v, dy, lse, delta, dk, dv, q.shape[1], *numbers, **sizes)
+
+    past_attention_forward = fused_op(
+        "past_attention(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor position, int window) -> (Tensor, Tensor)",
+        lambda q, *_: (torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)),
+        lambda q, k, v, keys, values, position, window, y, lse: launch_past_attention(
+            q, keys, values, y, lse, y, lse, y, position, window, False))
+    past_attention_backward = fused_op(
+        "past_attention_backward(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor position, int window, Tensor y, "
+        "Tensor lse, Tensor dy) -> (Tensor, Tensor, Tensor)",
+        lambda q, k, v, *_: tuple(map(torch.empty_like, (q, k, v))),
+        lambda q, k, v, keys, values, position, window, y, lse, dy, dq, dk, dv: launch_past_attention_backward(
+            q, k, v, keys, values, position, window, y, lse, dy.contiguous(), dq, dk, dv))
+
+    def save_past_attention(ctx, inputs, output):
+        *tensors, ctx.window = inputs
+        ctx.save_for_backward(*tensors, *output)
+
+    def grad_past_attention(ctx, grad, _):
+        *tensors, y, lse = ctx.saved_tensors
+        return *past_attention_backward(*tensors, ctx.window, y, lse, grad), None, None, None, None
+
+    past_attention_forward.register_autograd(grad_past_attention, setup_context=save_past_attention)
+
+
+@kernel(past_attention_reference, lambda c, device: (
+    *(torch.ones(1, length, heads, c.head_dim, dtype=torch.bfloat16, device=device)
+      for length, heads in ((64, c.num_heads), (64, c.num_kv_heads), (64, c.num_kv_heads), (128, c.num_kv_heads), (128, c.num_kv_heads))),
+    torch.full((1,), 100, device=device), 64))
+def past_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, keys_BPKd: Tensor, values_BPKd: Tensor, position: Tensor,
+                   window: int) -> Tensor:
+    """The same on any CUDA GPU, wherever `position` on the device says: one CUDA graph serves all positions (Triton)."""
+    return past_attention_forward(*(t.contiguous() for t in (q_BTHd, k_BTKd, v_BTKd)), keys_BPKd, values_BPKd, position, window)[0]
+
+
+def blend_reference(x: Tensor, y: Tensor, x_weight_D: Tensor | None, y_weight_D: Tensor) -> Tensor:
+    """x_weight x + y_weight y, summed in float32, in x's precision; x_weight None: 1."""
+    return ((x if x_weight_D is None else x_weight_D * x) + y_weight_D * y).to(x.dtype)
+
+
+def leaky_square_reference(x: Tensor) -> Tensor:
+    """leaky_relu(x, 0.5)^2."""
+    return F.leaky_relu(x, 0.5).square()
+
+
+if triton is not None:
+    @triton.jit
+    def blend_kernel(x, y, x_weight, y_weight, out, dx, dy, N, D: tl.constexpr, WEIGHED: tl.constexpr, BACKWARD: tl.constexpr,
+                     BLOCK: tl.constexpr):
+        """BLOCK numbers per program. Backward reads the gradient in `out` and fills dy, and dx if x is weighed."""
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        ok, a, b = i < N, 1.0, tl.load(y_weight + i % D)
+        if WEIGHED:
+            a = tl.load(x_weight + i % D)
+        if BACKWARD:
+            g = tl.load(out + i, mask=ok, other=0.0).to(tl.float32)
+            tl.store(dy + i, (b * g).to(dy.dtype.element_ty), mask=ok)
+            if WEIGHED:
+                tl.store(dx + i, (a * g).to(dx.dtype.element_ty), mask=ok)
+        else:
+            total = a * tl.load(x + i, mask=ok, other=0.0).to(tl.float32) + b * tl.load(y + i, mask=ok, other=0.0).to(tl.float32)
+            tl.store(out + i, total.to(out.dtype.element_ty), mask=ok)
+
+    @triton.jit
+    def leaky_square_kernel(x, out, dx, N, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        z = tl.load(x + i, mask=i < N, other=0.0).to(tl.float32)
+        slope = tl.where(z > 0, 1.0, 0.5)
+        if BACKWARD:
+            g = tl.load(out + i, mask=i < N, other=0.0).to(tl.float32)
+            tl.store(dx + i, (2 * slope * slope * z * g).to(dx.dtype.element_ty), mask=i < N)
+        else:
+            tl.store(out + i, (slope * slope * z * z).to(out.dtype.element_ty), mask=i < N)
+
+    class Blend(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            x, y, x_weight, y_weight = inputs
+            ctx.save_for_backward(*inputs)
+            return Blend.launch(inputs, torch.empty_like(x), x, x, False)
+
+        @staticmethod
+        def launch(inputs, out, dx, dy, backward: bool):
+            x, y, x_weight, y_weight = inputs
+            blend_kernel[(triton.cdiv(x.numel(), 1024),)](
+                x, y, y_weight if x_weight is None else x_weight, y_weight, out, dx, dy, x.numel(), D=x.shape[-1],
+                WEIGHED=x_weight is not None, BACKWARD=backward, BLOCK=1024)
+            return out
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, y, x_weight, y_weight = inputs = ctx.saved_tensors
+            grad = grad.contiguous()
+            dx, dy = grad if x_weight is None else torch.empty_like(x), torch.empty_like(y)
+            Blend.launch(inputs, grad, dx, dy, True)
+            summed = lambda i, t: (grad.float() * t).flatten(0, -2).sum(0) if ctx.needs_input_grad[i] else None
+            return dx, dy, summed(2, x), summed(3, y)
+
+    class LeakySquare(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            out = torch.empty_like(x)
+            leaky_square_kernel[(triton.cdiv(x.numel(), 1024),)](x, out, x, x.numel(), BACKWARD=False, BLOCK=1024)
+            return out
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, = ctx.saved_tensors
+            dx, grad = torch.empty_like(x), grad.contiguous()
+            leaky_square_kernel[(triton.cdiv(x.numel(), 1024),)](x, grad, dx, x.numel(), BACKWARD=True, BLOCK=1024)
+            return dx
+
+
+@kernel(blend_reference, lambda c, device: (
+    *(torch.ones(1, 64, c.model_dim, dtype=torch.bfloat16, device=device) for _ in "xy"),
+    *(torch.ones(c.model_dim, device=device) for _ in "xy")), eager=True)
+def blend(x: Tensor, y: Tensor, x_weight_D: Tensor | None, y_weight_D: Tensor) -> Tensor:
+    """One kernel, and one for the gradients of x and y (Triton)."""
+    return Blend.apply(x.contiguous(), y.contiguous(), x_weight_D, y_weight_D)
+
+
+@kernel(leaky_square_reference, lambda c, device: (torch.ones(1, 64, c.mlp_dim, dtype=torch.bfloat16, device=device),), eager=True)
+def leaky_square(x: Tensor) -> Tensor:
+    """One kernel, and one for its gradient (Triton)."""
+    return LeakySquare.apply(x.contiguous())
+
+
+@torch.no_grad()
+def adamw_reference(weights: Tensor, low: Tensor, gradient: Tensor, first: Tensor | None, second: Tensor, step: int, lr: float,
+                    beta1: float, beta2: float, decay: float) -> Tensor:
+    """AdamW's step number `step` (from 1), eps 1e-10, in place; low: a copy of the weights in the gradient's precision, or they
+    themselves. first: None where beta1 is 0."""
+    g = gradient.float()
+    m = g if first is None else first.lerp_(g, 1 - beta1)
+    second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    weights.mul_(1 - lr * decay).addcdiv_(m, (second / (1 - beta2 ** step)).sqrt_().add_(1e-10), value=-lr / (1 - beta1 ** step))
+    return low.copy_(weights)
+
+
+if triton is not None:
+    @triton.jit
+    def adamw_kernel(weights, low, gradient, first, second, N, keep, rate, beta1, beta2, root, MOMENTUM: tl.constexpr,
+                     BLOCK: tl.constexpr):
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        ok = i < N
+        g = tl.load(gradient + i, mask=ok, other=0.0).to(tl.float32)
+        m = g
+        if MOMENTUM:
+            m = beta1 * tl.load(first + i, mask=ok, other=0.0) + (1 - beta1) * g
+            tl.store(first + i, m, mask=ok)
+        v = beta2 * tl.load(second + i, mask=ok, other=0.0) + (1 - beta2) * g * g
+        w = keep * tl.load(weights + i, mask=ok, other=0.0) - rate * m / (root * tl.sqrt(v) + 1e-10)
+        tl.store(second + i, v, mask=ok)
+        tl.store(weights + i, w, mask=ok)
+        tl.store(low + i, w.to(low.dtype.element_ty), mask=ok)
+
+
+@kernel(adamw_reference, lambda c, device: (
+    torch.ones(2, 64, device=device), *(torch.ones(2, 64, dtype=torch.bfloat16, device=device) for _ in range(2)),
+    None if c.ttt_beta1 == 0 else torch.ones(2, 64, device=device), torch.ones(2, 64, device=device), 1, 1e-4, c.ttt_beta1, 0.99, 0.5))
+def adamw(weights: Tensor, low: Tensor, gradient: Tensor, first: Tensor | None, second: Tensor, step: int, lr: float, beta1: float,
+          beta2: float, decay: float) -> Tensor:
+    """Everything read once and written once; contiguous tensors (Triton)."""
+    adamw_kernel[(triton.cdiv(weights.numel(), 1024),)](
+        weights, low, gradient, second if first is None else first, second, weights.numel(), 1 - lr * decay, lr / (1 - beta1 ** step),
+        beta1, beta2, (1 - beta2 ** step) ** -0.5, MOMENTUM=first is not None, BLOCK=1024)
+    return low
+
+
 TRELLIS_CODES = {       # states -> parity-check polynomials h0, h1 (Ungerboeck 1982, one-dimensional modulation)
     1: (0o1, 0o0), 4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24)}
 TRELLIS_BLOCK = 128         # columns between two decisions
@@ -1582,9 +1856,11 @@ class Adapters(NamedTuple):
 
 
 class Past(NamedTuple):
-    """Cached keys and values [B, P, K, d] of the P positions before the given ones, at one pass slot."""
+    """Rings of cached keys and values [B, P, K, d] at one pass slot: position p lies at p % P."""
     k: Tensor
     v: Tensor
+    position: Tensor        # [1]: of the first live token
+    at: Tensor              # [T]: places of the live tokens
     window: int             # positions that one position sees, itself included
 
 
@@ -1649,7 +1925,7 @@ def remove_own_value(y_BTHd: Tensor, v_BTKd: Tensor) -> Tensor:
 
 
 def attend_fa3(q, k, v, segments: Segments | None, window: int = 0) -> Tensor:
-    """FlashAttention 3 (Hopper). q [B, T, H, d], k and v [B, P + T, K, d] -> [B, T, H, d]; P > 0: q are the last T."""
+    """FlashAttention 3 (Hopper). q [B, T, H, d], k and v [B, T, K, d] -> [B, T, H, d]."""
     from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
     limits = {"causal": True, "window_size": (window - 1, 0) if window else (-1, -1),
               "deterministic": torch.are_deterministic_algorithms_enabled()}        # of its backward
@@ -1689,19 +1965,15 @@ def attend_sdpa(q, k, v, segments: Segments | None, window: int = 0) -> Tensor:
 
 
 def attend_rows(q_BHTd: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Causal attention of the last T of the keys' positions; with a window, strip by strip of that many queries."""
+    """Causal attention; with a window, strip by strip of that many queries."""
     call = functools.partial(F.scaled_dot_product_attention, enable_gqa=q_BHTd.shape[1] != k.shape[1])
-    T, total = q_BHTd.shape[2], k.shape[2]
-    if T == total and not 0 < window < total:
+    T, parts = q_BHTd.shape[2], []
+    if not 0 < window < T:
         return call(q_BHTd, k, v, is_causal=True)
-    before, parts = total - T, []
-    for a in range(0, T, window or T):
-        b = min(a + (window or T), T)
-        first = max(before + a - window + 1, 0) if window else 0
-        i = torch.arange(before + a, before + b, device=k.device)[:, None]
-        j = torch.arange(first, before + b, device=k.device)
-        seen = (j <= i) & (j > i - window) if window else j <= i
-        parts.append(call(q_BHTd[:, :, a:b], k[:, :, first: before + b], v[:, :, first: before + b], attn_mask=seen))
+    for a in range(0, T, window):
+        first, b = max(a - window + 1, 0), min(a + window, T)
+        i, j = torch.arange(a, b, device=k.device)[:, None], torch.arange(first, b, device=k.device)
+        parts.append(call(q_BHTd[:, :, a:b], k[:, :, first:b], v[:, :, first:b], attn_mask=(j <= i) & (j > i - window)))
     return torch.cat(parts, 2)
 
 
@@ -1743,10 +2015,10 @@ class PassShape(NamedTuple):
 
 
 def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: PassAdapters, tap,
-              past: Past | None = None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+              past: Past | None = None) -> Tensor:
     """Gated, document-masked attention of the normed input n [B, T, D] -> [B, T, D], output projection included.
 
-    With a past: the positions before these are read from it; also returns these positions' keys and values.
+    With a past: the positions before these are read from it; these positions' keys and values are written there.
     """
     B, T, D = n.shape
     qkv = linear(n, w.qkv)
@@ -1755,8 +2027,9 @@ def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: Pa
         qkv = torch.cat([a(n, part) if a else part for a, part in zip(adapter[:3], parts)], -1)
     q, k, v = qkv_heads(qkv, w.q_gain, *rope, shape.kv_heads)
     if past is not None:
-        keys, values = torch.cat((past.k, k), 1), torch.cat((past.v, v), 1)
-        y = ATTENTION[shape.attention](q, keys, values, None, past.window)
+        past.k.index_copy_(1, past.at, k.detach())
+        past.v.index_copy_(1, past.at, v.detach())
+        y = past_attention(q, k, v, past.k, past.v, past.position, past.window)
     else:
         y = ATTENTION[shape.attention](q, k, v, segments, segments.window if segments else 0)
     if w.gate is not None:
@@ -1770,12 +2043,12 @@ def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: Pa
         tap("attn", n)
         tap("attn.proj", y)
     out = linear(y, w.o)
-    return out if adapter.o is None else adapter.o(n, out), None if past is None else (k, v)
+    return out if adapter.o is None else adapter.o(n, out)
 
 
 def mlp(n: Tensor, w: Layer, adapter: PassAdapters, tap) -> Tensor:
     """leaky_relu(n Up^T, 0.5)^2 Down^T."""
-    hidden = F.leaky_relu(linear(n, w.up), 0.5).square()
+    hidden = leaky_square(linear(n, w.up))
     if tap:
         tap("mlp.fc", n)
         tap("mlp.proj", hidden)
@@ -1788,28 +2061,28 @@ NO_ADAPTERS = PassAdapters()
 
 def block(x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip | None, w: Layer, segments, rope, shape: PassShape,
           adapter: PassAdapters = NO_ADAPTERS, tap=None, past: Past | None = None):
-    """One pass over a layer -> (x, lane, keys and values). x: the stream (with two lanes: the attention lane).
+    """One pass over a layer -> (x, lane). x: the stream (with two lanes: the attention lane).
 
     lane: the MLP lane or None. A U-Net skip is merged into x first. tap(role, input) sees the input of every matrix
-    (calibration). Keys and values are returned where there is a past, else None.
+    (calibration).
     """
     dtype = x.dtype
     if skip is not None:
-        merged = skip.weight * skip.x
-        x = (merged + torch.sigmoid(skip.gate) * (x - merged) if skip.gate is not None else x + merged).to(dtype)
-    u = (w.mix[0] * x + w.mix[1] * x0).to(dtype)
+        keep = None if skip.gate is None else torch.sigmoid(skip.gate)
+        x = blend(x, skip.x, keep, skip.weight if keep is None else skip.weight * (1 - keep))
+    u = blend(x, x0, *w.mix.unbind(0))
     n = norm(u) * w.depth_scale
-    att, fresh = attention(n, w, segments, rope, shape, adapter, tap, past)
-    att = w.attn_scale * att
+    att = attention(n, w, segments, rope, shape, adapter, tap, past)
     if shape.kind == "sequential":
-        h = (u + att).to(dtype)
-        return (h + w.mlp_scale * mlp(norm(h) * w.depth_scale, w, adapter, tap)).to(dtype), None, fresh
+        h = blend(u, att, None, w.attn_scale)
+        return blend(h, mlp(norm(h) * w.depth_scale, w, adapter, tap), None, w.mlp_scale), None
+    att = w.attn_scale * att
     out = w.mlp_scale * mlp(norm(u if shape.kind == "parallel" else lane) * w.depth_scale, w, adapter, tap)
     if shape.kind == "parallel":
-        return (u + att + out).to(dtype), None, fresh
+        return (u + att + out).to(dtype), None
     keep, add = w.lane_keep, w.lane_add
     return ((keep[0] * x + add[0, 0] * att + add[1, 0] * out).to(dtype),
-            (keep[1] * lane + add[0, 1] * att + add[1, 1] * out).to(dtype), fresh)
+            (keep[1] * lane + add[0, 1] * att + add[1, 1] * out).to(dtype))
 
 
 def embed(ids_BT: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, dtype: torch.dtype,
@@ -1925,39 +2198,36 @@ class GPT(nn.Module):
 
         segments: documents of one packed row (B = 1); None: every row is one causal document. loops: extra passes
         (None: NUM_LOOPS). tap(name, input): called with the input of every matrix, by its name in files.
-        cache: keys and values of earlier positions; where it holds any, ids begin with the token before (for the
-        SmearGate), which gives no output.
+        cache: keys and values of earlier positions; ids then begin with the token before (any token at position 0),
+        which serves the SmearGate and gives no output.
         """
-        c, start = self.config, cache.position if cache else 0
-        compiled = self.runs_compiled(ids_BT, adapters, tap) and not (cache and start == 0)     # an empty past: its own graphs
+        c, compiled = self.config, self.runs_compiled(ids_BT, adapters, tap)
         run = self.block if compiled else block
         flexible = mark_flexible if self.compiled and adapters else lambda *tensors: None
         flexible(ids_BT, *(t for lora in adapters_of(adapters) for t in lora[:2]))
-        x = (self.embed if compiled else embed)(ids_BT, self.tok_emb, self.smear_gate, self.smear_lambda, self.dtype,
-                                                segments.fresh if segments else None)
-        x0 = x = x[:, 1:] if start else x
+        fresh = cache.positions(ids_BT.shape[1]) == 1 if cache else segments.fresh if segments else None
+        x = (self.embed if compiled else embed)(ids_BT, self.tok_emb, self.smear_gate, self.smear_lambda, self.dtype, fresh)
+        x0 = x = x[:, 1:].contiguous() if cache else x
         layers, lane, skips = self.layers(), None, []
         length = x.shape[1]
         if cache:
-            rope = tuple(t[start: start + length] for t in self.rope(-(-(start + length) // 4096) * 4096, cache.window))
+            at = cache.positions(length)
+            rope, at = tuple(t[at] for t in cache.rope), at % cache.capacity
         else:
             rope = self.rope(length, (segments.window or segments.longest) if segments else length)
         order, encoder = c.pass_order(c.num_loops if loops is None else loops)
         weights = self.skip_weights.unbind(0) if skips is not None and self.skip_weights is not None else ()
         gates = self.skip_gates.unbind(0) if self.skip_gates is not None else (None,) * len(weights)
         for slot, i in enumerate(order):
-            past = cache.read(slot) if cache else None
-            flexible(x, x0, lane, *rope, *(past[:2] if past else ()))
+            flexible(x, x0, lane, *rope)
             k = slot - encoder
             skip = Skip(skips.pop(), weights[k], gates[k]) if k >= 0 and skips else None
             if lane is None and self.shapes[i].kind == "lanes":
                 lane = x
-            x, lane, fresh = run(x, lane, x0, skip, layers[i], segments, rope, self.shapes[i],
-                                 adapters.passes[slot] if adapters else NO_ADAPTERS,
-                                 (lambda role, value, i=i: tap(f"blocks.{i}.{role}", value)) if tap else None,
-                                 past)
-            if cache:
-                cache.keep(slot, *fresh)
+            x, lane = run(x, lane, x0, skip, layers[i], segments, rope, self.shapes[i],
+                          adapters.passes[slot] if adapters else NO_ADAPTERS,
+                          (lambda role, value, i=i: tap(f"blocks.{i}.{role}", value)) if tap else None,
+                          cache.past(slot, len(x), at) if cache else None)
             if k < 0:
                 skips.append(x)
         if lane is not None:
@@ -1970,13 +2240,12 @@ class GPT(nn.Module):
 
     def losses(self, ids_BT: Tensor, targets_BC: Tensor, segments=None, loops=None, adapters=None, tap=None, cache=None,
                at_BC: Tensor | None = None) -> Tensor:
-        """Cross-entropy in nats of every target, float32 [B, C]: of all positions, or of those that at_BC names.
+        """Cross-entropy in nats of every target, float32 [B, C]: of the last C positions, or of those that at_BC names.
 
         Other arguments as forward's.
         """
         x = self(ids_BT, segments, loops, adapters, tap, cache)
-        if at_BC is not None:
-            x = x.gather(1, at_BC[..., None].expand(-1, -1, x.shape[2]))
+        x = x[:, -targets_BC.shape[1]:] if at_BC is None else x.gather(1, at_BC[..., None].expand(-1, -1, x.shape[2]))
         weight = (self.tok_emb if self.lm_head is None else self.lm_head).to(self.dtype)
         run = self.head_losses if self.runs_compiled(ids_BT, adapters, tap) else head_losses
         head, caps = (adapters.head, adapters.caps) if adapters else (None, None)
@@ -1986,40 +2255,32 @@ class GPT(nn.Module):
 
 
 class KeyValueCache:
-    """Keys and values of the positions before the live ones, at every pass slot: the last window - 1 of them.
+    """Keys and values of earlier positions, at every pass slot: rings that hold the last window - 1 and `live` more.
 
-    A forward reads the past and leaves the keys and values of its own positions in `fresh`; `advance` makes the first
-    of these part of the past.
+    A forward begins at `position`, which the device knows (so that its CUDA graph serves all positions), and leaves its own
+    keys and values in the rings; `advance` makes the first of these part of the past. longest: documents' most tokens.
     """
 
-    def __init__(self, model: GPT, rows: int, window: int, spare: int = 1024):
-        c = model.config
-        slots = len(c.pass_order(c.num_loops)[0])
-        shape = (2, slots, rows, window - 1 + spare, c.num_kv_heads, c.head_dim)
-        self.buffer = torch.empty(shape, dtype=model.dtype, device=model.tok_emb.device)
-        self.window, self.fresh = window, [None] * slots
-        self.clear(rows)
+    def __init__(self, model: GPT, rows: int, window: int, live: int, longest: int):
+        c, device = model.config, model.tok_emb.device
+        self.window, self.capacity = window, window - 1 + live
+        shape = (rows, self.capacity, c.num_kv_heads, c.head_dim)
+        self.rings = [[torch.empty(shape, dtype=model.dtype, device=device) for _ in "kv"] for _ in c.pass_order(c.num_loops)[0]]
+        self.rope = model.rope(-(-(longest + live) // 4096) * 4096, window)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def clear(self, rows: int):
-        self.rows, self.low, self.high, self.position = rows, 0, 0, 0
+    def clear(self):
+        self.position.zero_()
 
-    def read(self, slot: int) -> Past:
-        return Past(*self.buffer[:, slot, : self.rows, self.low: self.high].unbind(0), self.window)
+    def positions(self, length: int) -> Tensor:
+        return self.position + torch.arange(length, device=self.position.device)
 
-    def keep(self, slot: int, k: Tensor, v: Tensor):
-        self.fresh[slot] = (k.detach(), v.detach())
+    def past(self, slot: int, rows: int, at_T: Tensor) -> Past:
+        """For the first rows."""
+        return Past(*(ring[:rows] for ring in self.rings[slot]), self.position, at_T, self.window)
 
     def advance(self, count: int):
         """The first `count` live positions join the past."""
-        self.low = max(self.low, self.high + count - self.window + 1)
-        if self.high + count > self.buffer.shape[3]:        # move what is still seen to the front
-            kept = max(self.high - self.low, 0)
-            self.buffer[:, :, : self.rows, :kept] = self.buffer[:, :, : self.rows, self.high - kept: self.high].clone()
-            self.low, self.high = max(kept + count - self.window + 1, 0), kept
-        for slot, pair in enumerate(self.fresh):
-            for part, t in zip(self.buffer, pair):
-                part[slot, : self.rows, self.high: self.high + count] = t[: self.rows, :count]
-        self.high += count
         self.position += count
 
 
@@ -4007,115 +4268,154 @@ def plan_phases(batches: list[DocumentBatch], config: Config) -> list[Phase]:
 class DocumentAdapters:
     """A LoRA on the matrices of every pass slot, and on the head, for each document of a batch; and their optimizer.
 
-    A starts uniform +-1/sqrt(in), B zero: a new document starts from the base model. All slots of a kind are one
-    tensor [slots, rows, ...], so that the optimizer is a few kernels.
+    A starts uniform +-1/sqrt(in), B zero: a new document starts from the base model. Everything of one document is one row
+    of `weights` (all A, then all B, in adapters_of's order; `low`: in the compute precision): the first documents of a batch
+    are a prefix of each tensor, the optimizer is one kernel, and nothing ever moves.
     """
 
     def __init__(self, model: GPT, rows: int, seed: int):
         c = self.c = model.config
-        D, kv, slots = c.model_dim, c.num_kv_heads * c.head_dim, len(c.pass_order(c.num_loops)[0])
-        outputs = {"q": D, "k": kv, "v": kv, "o": D, "mlp": D, "head": c.vocab_size}
-        self.shapes = {kind: (1 if kind == "head" else slots, out) for kind, out in outputs.items() if getattr(c, f"ttt_{kind}_lora")}
-        self.slots, self.dtype, self.device = slots, model.dtype, model.tok_emb.device
-        self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.draw(rows)
+        D, R, kv, slots = c.model_dim, c.ttt_lora_rank, c.num_kv_heads * c.head_dim, len(c.pass_order(c.num_loops)[0])
+        self.kinds = [kind for kind in PassAdapters._fields if getattr(c, f"ttt_{kind}_lora")]
+        outputs = [kv if kind in ("k", "v") else D for kind in self.kinds] * slots + [c.vocab_size] * c.ttt_head_lora
+        self.shapes = [(R, D)] * len(outputs) + [(out, R) for out in outputs]
+        self.counts, self.slots, device = [a * b for a, b in self.shapes], slots, model.tok_emb.device
+        zeros = lambda dtype=torch.float32: torch.zeros(rows, sum(self.counts), dtype=dtype, device=device)
+        self.weights, self.gradient = zeros(), zeros(model.dtype)
+        self.low = self.weights if model.dtype == torch.float32 else zeros(model.dtype)
+        self.first, self.second = zeros() if c.ttt_beta1 else None, zeros() if c.ttt_optimizer == "adam" else None
+        self.kept, self.generator = torch.empty(rows, R * D * len(outputs), device=device), torch.Generator(device)
+        self.restart(seed)
 
-    def draw(self, rows: int):
-        """A of every row, new; the same for any rank."""
-        shape = (self.c.ttt_lora_rank, self.c.model_dim)
-        noise = lambda slots: torch.rand((slots, rows, *shape), generator=self.generator, device=self.device) * 2 - 1
-        self.kept = {kind: noise(slots) / math.sqrt(shape[1]) for kind, (slots, _) in self.shapes.items()}
+    def restart(self, seed: int):
+        """A of every row anew; the same for any rank."""
+        self.generator.manual_seed(seed)
+        self.draw()
+
+    def draw(self):
+        self.kept.uniform_(-1, 1, generator=self.generator).div_(math.sqrt(self.c.model_dim))
 
     def begin(self, rows: int):
         """B zero, optimizer state zero; A as the row's last document left it (TTT_WARM_START_A), or new."""
+        self.rows, self.steps = rows, 0
         if not self.c.ttt_warm_start_a:
-            self.draw(len(next(iter(self.kept.values()))[0]) if self.kept else rows)
-        zeros = lambda slots, out: torch.zeros(slots, rows, out, self.c.ttt_lora_rank, device=self.device)
-        self.a = {kind: a[:, :rows].clone().requires_grad_() for kind, a in self.kept.items()}
-        self.b = {kind: zeros(*shape).requires_grad_() for kind, shape in self.shapes.items()}
-        self.optimizer = self.make_optimizer()
+            self.draw()
+        self.weights[:, : self.kept.shape[1]] = self.kept
+        for t in (self.weights[:, self.kept.shape[1]:], self.first, self.second):
+            if t is not None:
+                t.zero_()
+        self.low.copy_(self.weights)
 
-    def parameters(self) -> list[Tensor]:
-        return [*self.a.values(), *self.b.values()]
+    def keep(self, rows: int):
+        """Remember A for the first rows' next documents; a row that went wrong keeps the A that it began with."""
+        kept, a = self.kept[:rows], self.weights[:rows, : self.kept.shape[1]]
+        torch.where(a.isfinite().all(1, keepdim=True), a, kept, out=kept)
 
-    def make_optimizer(self) -> torch.optim.Optimizer | None:
-        c, options = self.c, {"lr": self.c.ttt_lora_lr, "weight_decay": self.c.ttt_weight_decay}
-        if not self.shapes:
-            return None
-        if c.ttt_optimizer == "sgd":
-            return torch.optim.SGD(self.parameters(), momentum=c.ttt_beta1, **options)
-        return torch.optim.AdamW(self.parameters(), betas=(c.ttt_beta1, c.ttt_beta2), eps=1e-10, fused=True, **options)
-
-    def keep(self):
-        """Remember A for the rows' next documents; a row that went wrong keeps the A that it began with."""
-        for kind, a in self.a.items():
-            target = self.kept[kind][:, : a.shape[1]]
-            fine = a.detach().isfinite().flatten(2).all(2).all(0)[None, :, None, None]
-            target.copy_(torch.where(fine, a.detach(), target))
-
-    def shrink(self, rows: int):
-        """Go on with the first `rows` documents only."""
-        self.keep()
-        old, state = self.parameters(), self.optimizer.state if self.optimizer else {}
-        cut = lambda t: t.detach()[:, :rows].clone()
-        self.a, self.b = ({kind: cut(t).requires_grad_() for kind, t in group.items()} for group in (self.a, self.b))
-        self.optimizer = self.make_optimizer()
-        for p, q in zip(old, self.parameters()):
-            if p in state:
-                self.optimizer.state[q] = {key: cut(t) if t.ndim == q.ndim else t for key, t in state[p].items()}
+    def split(self, t_RN: Tensor) -> list[Tensor]:
+        """Rows of weights or of their gradient as matrices [rows, ...]: all A, then all B."""
+        return [part.unflatten(1, shape) for part, shape in zip(t_RN.split(self.counts, 1), self.shapes)]
 
     def build(self, rows: slice, caps: Tensor | None) -> Adapters:
-        """The forward's argument for some rows. Casting a whole stack and unbinding it once keeps its gradient one tensor."""
-        cast = lambda t: t[:, rows].to(self.dtype).unbind(0)
-        scale = self.c.ttt_lora_alpha / self.c.ttt_lora_rank
-        loras = {kind: [LoRA(a, b, scale) for a, b in zip(cast(self.a[kind]), cast(self.b[kind]))] for kind in self.a}
-        head = loras.pop("head", [None])[0]
-        passes = tuple(PassAdapters(**{kind: per_slot[i] for kind, per_slot in loras.items()}) for i in range(self.slots))
-        return Adapters(passes, head, caps)
+        """The forward's argument for some rows: leaves in the compute precision."""
+        parts = [t.detach().requires_grad_() for t in self.split(self.low[rows])] if self.shapes else []
+        half, scale = len(parts) // 2, self.c.ttt_lora_alpha / self.c.ttt_lora_rank
+        loras = (LoRA(a, b, scale) for a, b in zip(parts[:half], parts[half:]))
+        passes = tuple(PassAdapters(**{kind: next(loras) for kind in self.kinds}) for _ in range(self.slots))
+        return Adapters(passes, next(loras, None), caps)
+
+    def take_gradient(self, rows: slice, adapters: Adapters, losses: Tensor, weights: Tensor):
+        """Of sum(weights * losses), for what build made of these rows."""
+        loras = adapters_of(adapters)
+        gradient = torch.autograd.grad(losses, [lora.a for lora in loras] + [lora.b for lora in loras], weights)
+        for target, part in zip(self.split(self.gradient[rows]), gradient):
+            target.copy_(part)
 
     def step(self):
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        """One update of the first rows from their gradient."""
+        c, self.steps = self.c, self.steps + 1
+        weights, low, gradient, first, second = (t if t is None else t[: self.rows]
+                                                 for t in (self.weights, self.low, self.gradient, self.first, self.second))
+        if c.ttt_optimizer == "adam":
+            adamw(weights, low, gradient, first, second, self.steps, c.ttt_lora_lr, c.ttt_beta1, c.ttt_beta2, c.ttt_weight_decay)
+        else:
+            g = gradient.float().add(weights, alpha=c.ttt_weight_decay)
+            low.copy_(weights.sub_(g if first is None else first.mul_(c.ttt_beta1).add_(g), alpha=c.ttt_lora_lr))
+
+
+class Graphs:
+    """CUDA graphs of functions whose inputs stay where they are: a key's first call is eager, its second captures, later ones
+    replay. All share one pool of memory: a result holds until the next call. Eager always where there is no CUDA."""
+
+    def __init__(self, wanted: bool, log: Callable[[str], None]):
+        self.wanted, self.log, self.seen, self.graphs = wanted, log, set(), {}
+        self.pool = torch.cuda.graph_pool_handle() if wanted else None
+
+    def __call__(self, key: tuple, function: Callable[[], Tensor]) -> Tensor:
+        if not self.wanted or key not in self.seen:
+            self.seen.add(key)
+            return function()
+        if key not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                    result = function()
+            except RuntimeError as e:
+                self.wanted = False
+                torch.cuda.set_stream(torch.cuda.default_stream())          # a capture that fails may stay on its own
+                self.log(f"ttt_graphs: no CUDA graph ({(str(e).splitlines() or [''])[0][:100]}): eager from here on")
+                return function()
+            self.graphs[key] = graph, result
+        graph, result = self.graphs[key]
+        graph.replay()
+        return result
 
 
 class Reader:
-    """Reads one batch of documents chunk by chunk, each with its own adapter.
+    """Reads batches of documents chunk by chunk, each document with its own adapter.
 
     Published protocol: every chunk is read with the whole window before it. Cached: with the last TTT_LIVE_TOKENS
     before it; of earlier positions the keys and values are kept as they were computed, under the adapter of that time.
+    Documents that end leave their rows by halves; a batch with few documents has empty rows: few sizes, few CUDA graphs.
     """
 
-    def __init__(self, model: GPT, adapters: DocumentAdapters, batch: DocumentBatch, tokens: np.ndarray,
-                 cache: KeyValueCache | None = None, caps: Tensor | None = None):
-        self.model, self.adapters, self.cache, self.caps, self.c = model, adapters, cache, caps, model.config
-        self.chunk, self.sizes, self.rows = batch.chunk, batch.documents[:, 1], len(batch.documents)
-        starts, device = batch.documents[:, :1], model.tok_emb.device
-        at = np.minimum(starts + np.arange(len(self.chunks()) * self.chunk + 1), starts + self.sizes[:, None])
-        self.ids = torch.from_numpy(tokens[at].astype(np.int64)).to(device)
-        self.lengths = torch.from_numpy(self.sizes.astype(np.int64)).to(device)
-        adapters.begin(self.rows)
-        if cache:
-            cache.clear(self.rows)
+    def __init__(self, model: GPT, rows: int, longest: int, caps: Tensor | None, log: Callable[[str], None]):
+        c, device = model.config, model.tok_emb.device
+        self.model, self.c, self.caps, self.adapters = model, c, caps, DocumentAdapters(model, rows, c.seed)
+        self.ladder = [rows]
+        while self.ladder[-1] > 1:
+            self.ladder.append(-(-self.ladder[-1] // 2))
+        self.ids = torch.zeros(rows, longest + c.ttt_chunk_size + 1, dtype=torch.int64, device=device)   # column 0: before the first
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.cache = self.graphs = None
+        if c.ttt_protocol == "cached":
+            self.cache = KeyValueCache(model, rows, c.ttt_eval_seq_len, c.ttt_chunk_size + c.ttt_live_tokens, longest)
+            self.graphs = Graphs(c.ttt_graphs and device.type == "cuda", log)
+
+    def rung(self, documents: int) -> int:
+        """The fewest rows of the ladder that hold so many documents."""
+        return min(rows for rows in self.ladder if rows >= documents)
+
+    def begin(self, batch: DocumentBatch, tokens: np.ndarray):
+        self.chunk, self.sizes, self.documents = batch.chunk, batch.documents[:, 1], len(batch.documents)
+        at = np.minimum(batch.documents[:, :1] + np.arange(len(self.chunks()) * self.chunk + 1),
+                        batch.documents.sum(1, keepdims=True))
+        self.ids[: self.documents, 1: at.shape[1] + 1] = torch.from_numpy(tokens[at].astype(np.int64))
+        self.lengths.zero_()[: self.documents] = torch.from_numpy(self.sizes.astype(np.int64))
+        self.adapters.begin(self.rung(self.documents))
+        if self.cache:
+            self.cache.clear()
 
     def chunks(self) -> range:
         return range(-(-int(self.sizes[0]) // self.chunk))
 
     def score(self, chunk: int) -> Tensor:
-        """Losses [rows, chunk length] in nats, 0 where a document has ended; rows that ended for good are gone."""
+        """Losses [documents, chunk length] in nats, 0 where a document has ended; those that ended for good may be gone."""
         first = chunk * self.chunk
-        left = int((self.sizes > first).sum())
-        rows = self.rows
-        while rows > 1 and -(-rows // 2) >= left:           # few sizes: halves
-            rows = -(-rows // 2)
-        if rows < self.rows:
-            self.rows = rows
-            self.adapters.shrink(rows)
-            if self.cache:
-                self.cache.rows = rows
+        rows = self.adapters.rows = self.rung(int((self.sizes > first).sum()))
         self.teaches = bool(self.adapters.shapes) and bool((self.sizes > first + self.chunk).any())
         losses = self.forward(chunk)
-        ended = first + torch.arange(self.chunk, device=self.ids.device) >= self.lengths[: self.rows, None]
-        return losses.masked_fill(ended, 0.0)
+        ended = first + torch.arange(self.chunk, device=self.ids.device) >= self.lengths[:rows, None]
+        return losses.masked_fill(ended, 0.0)[: self.documents]
 
     def adapt(self, chunk: int):
         """Update the adapters of the documents that go on with the mean loss of the chunk just banked."""
@@ -4124,39 +4424,47 @@ class Reader:
                 self.forward(chunk)
             self.adapters.step()
         if self.cache:
-            live = max((chunk + 1) * self.chunk - self.c.ttt_live_tokens, 0)
-            if live > self.cache.position:
-                self.cache.advance(live - self.cache.position)
+            self.cache.advance(self.live_from(chunk + 1) - self.live_from(chunk))
+
+    def live_from(self, chunk: int) -> int:
+        """First position that is read with a chunk of the cached protocol."""
+        return max(chunk * self.chunk - self.c.ttt_live_tokens, 0)
 
     def forward(self, chunk: int) -> Tensor:
-        """Losses of the chunk's targets, detached; their gradient waits in the adapters, which nothing changes here.
+        """Losses of the chunk's targets; their gradient waits in the adapters, which nothing changes here."""
+        if not self.cache:
+            return self.read_windows(chunk * self.chunk, (chunk + 1) * self.chunk)
+        live = (chunk + 1) * self.chunk - self.live_from(chunk)
+        return self.graphs((self.adapters.rows, live, self.chunk, self.teaches), lambda: self.read_live(live))
 
-        Rows do not touch each other, so that a long window can be read by some of them at a time.
-        """
-        first, last, device = chunk * self.chunk, (chunk + 1) * self.chunk, self.ids.device
-        targets, inside = self.ids[: self.rows, first + 1: last + 1], torch.arange(self.chunk, device=device)
-        if self.cache:
-            live = self.cache.position
-            ids, at = self.ids[: self.rows, max(live - 1, 0): last], (first - live + inside).expand(self.rows, -1)
-            parts = 1
-        else:
-            longest = self.c.ttt_eval_seq_len
-            ends = np.minimum(last, self.sizes[: self.rows])
-            width = int((ends - np.maximum(ends - longest, 0)).max())
-            starts = (self.lengths[: self.rows, None].clamp(max=last) - longest).clamp(min=0)
-            ids = self.ids[: self.rows].gather(1, (starts + torch.arange(width, device=device)).clamp(max=self.ids.shape[1] - 1))
-            at = (first - starts + inside).clamp(0, width - 1)
-            parts = -(-self.rows // max(self.c.ttt_micro_tokens // width, 1))
-        goes_on, out = self.lengths[: self.rows] > last, []
-        for i in range(parts):
-            some = slice(self.rows * i // parts, self.rows * (i + 1) // parts)
-            with torch.set_grad_enabled(self.teaches or self.model.compiled):       # compiled: the same graphs for last chunks
-                losses = self.model.losses(ids[some], targets[some], adapters=self.adapters.build(some, self.caps), cache=self.cache,
-                                           at_BC=at[some])
-                if self.teaches:
-                    torch.where(goes_on[some], losses.mean(1), 0.0).sum().backward()
-            out.append(losses.detach())
-        return torch.cat(out)
+    def read_live(self, live: int) -> Tensor:
+        """So many positions from the cache's on. Which these are only the device knows: a CUDA graph serves all chunks."""
+        rows = self.adapters.rows
+        ids = self.ids[:rows, self.cache.positions(live + 2)]           # the token before, these, the last one's target
+        goes_on = self.lengths[:rows] > self.cache.position + live
+        return self.read(slice(rows), ids[:, :-1], ids[:, -self.chunk:], goes_on, cache=self.cache)
+
+    def read_windows(self, first: int, last: int) -> Tensor:
+        """Positions [first, last) with the whole window before them. Rows do not touch each other: some of them at a time."""
+        rows, longest, device = self.adapters.rows, self.c.ttt_eval_seq_len, self.ids.device
+        lengths, tokens = self.lengths[:rows], self.ids[:rows, 1:]
+        ends = np.minimum(last, self.sizes[:rows])
+        width = int((ends - np.maximum(ends - longest, 0)).max())
+        starts = (lengths[:, None].clamp(max=last) - longest).clamp(min=0)
+        ids = tokens.gather(1, (starts + torch.arange(width, device=device)).clamp(max=tokens.shape[1] - 1))
+        at = (torch.arange(first, last, device=device) - starts).clamp(0, width - 1)
+        parts = -(-rows // max(self.c.ttt_micro_tokens // width, 1))
+        some = [slice(rows * i // parts, rows * (i + 1) // parts) for i in range(parts)]
+        return torch.cat([self.read(s, ids[s], tokens[s, first + 1: last + 1], lengths[s] > last, at_BC=at[s]) for s in some])
+
+    def read(self, rows: slice, ids: Tensor, targets: Tensor, goes_on: Tensor, **where) -> Tensor:
+        """Losses of some rows, detached; takes the gradient of the mean loss of each document that goes on."""
+        with torch.set_grad_enabled(self.teaches or self.model.compiled):       # compiled: the same graphs for last chunks
+            adapters = self.adapters.build(rows, self.caps)
+            losses = self.model.losses(ids, targets, adapters=adapters, **where)
+        if self.teaches:
+            self.adapters.take_gradient(rows, adapters, losses, (goes_on / losses.shape[1])[:, None].expand_as(losses))
+        return losses.detach()
 
 
 @contextlib.contextmanager
@@ -4289,9 +4597,8 @@ class Adaptation:
         self.deadline = Deadline(began, c.eval_time_limit, plain_rate)
         self.rows = max(len(b.documents) for b in self.batches)
         self.caps = torch.full((2,), c.logit_softcap, device=run.world.device) if c.asym_logit_rescale else None
-        self.cache = None
-        if c.ttt_protocol == "cached":
-            self.cache = KeyValueCache(model, self.rows, c.ttt_eval_seq_len, max(1024, c.ttt_chunk_size + c.ttt_live_tokens))
+        self.reader = Reader(model, self.rows, int(self.batches[0].documents[0, 1]), self.caps, run.log)
+        self.mark = torch.cuda.Event() if run.world.device.type == "cuda" else None
         self.mine, self.plain, self.adapting, self.read, self.current = Sums(), [], True, 0, 0
 
     def sums(self, documents: np.ndarray, scored: np.ndarray, nats: np.ndarray) -> Sums:
@@ -4318,12 +4625,13 @@ class Adaptation:
                                 everywhere=False)
             self.mine, self.plain = self.mine + more, []
 
-    def read_batch(self, batch: DocumentBatch, adapters: DocumentAdapters, stop: Callable[[int], bool]) -> Sums:
+    def read_batch(self, batch: DocumentBatch, stop: Callable[[int], bool]) -> Sums:
         """Score first, then adapt, chunk by chunk; stop(tokens scored in this batch) breaks off after a chunk."""
-        reader = Reader(self.model, adapters, batch, self.data.tokens, self.cache, self.caps)
+        reader = self.reader
+        reader.begin(batch, self.data.tokens)
         nats = torch.zeros(len(batch.documents), dtype=torch.float64, device=self.run.world.device)
         sizes, scored = batch.documents[:, 1], np.zeros(len(batch.documents), np.int64)
-        with compiling(self.model, self.c.ttt_compile):
+        with compiling(self.model, self.c.ttt_compile and not reader.cache):
             for chunk, losses in zip(reader.chunks(), score_first(reader.chunks(), reader.score, reader.adapt)):
                 nats[: len(losses)] += losses.double().sum(1)
                 scored = np.minimum(sizes, (chunk + 1) * batch.chunk)
@@ -4331,7 +4639,7 @@ class Adaptation:
                     self.bank(batch, chunk, losses)
                 if stop(int(scored.sum())):
                     break
-        adapters.keep()
+        reader.adapters.keep(reader.documents)
         nats = nats.cpu().numpy()
         wrong = ~np.isfinite(nats)
         for start, size in batch.documents[wrong]:
@@ -4345,8 +4653,9 @@ class Adaptation:
         """Asked after every chunk: a signal, or just enough time left to score the rest of the data plainly?"""
         if self.signals.received:
             return True
-        if self.c.eval_time_limit and self.run.world.device.type == "cuda":
-            self.run.world.sync()                   # the clock must not run ahead of the device
+        if self.c.eval_time_limit and self.mark:    # the clock runs no more than a chunk ahead of the device
+            self.mark.synchronize()
+            self.mark.record()
         later = (len(self.data.tokens) - 1 - self.read) / self.run.world.size
         if self.adapting and self.deadline.over(later + self.current - scored + sum(b - first for _, b, first in self.plain)):
             self.adapting = False
@@ -4381,16 +4690,15 @@ class Adaptation:
         return Score(total.loss, total.bpb, total.tokens, time.perf_counter() - start)
 
     def read_phase(self, number: int, phase: Phase):
-        run, adapters, begun = self.run, None, sum(len(b.documents) for b in self.batches[: phase.first])
+        run, begun = self.run, sum(len(b.documents) for b in self.batches[: phase.first])
+        self.reader.adapters.restart(self.c.seed + number)
         while not self.crew.stopping(self.signals.received) and (i := phase.first + self.crew.take(number)) < phase.last:
             batch = self.batches[i]
             self.read, self.current = sum(b.tokens for b in self.batches[: i + 1]), batch.tokens
             if self.stop(0):
                 self.leave_plain(batch.documents, np.zeros(len(batch.documents), np.int64))
                 continue
-            if adapters is None:                    # anew in every phase
-                adapters = DocumentAdapters(self.model, self.rows, self.c.seed + number)
-            got = self.read_batch(batch, adapters, self.stop)
+            got = self.read_batch(batch, self.stop)
             self.mine += got
             self.crew.post(self.mine)
             if run.world.rank == 0:
@@ -4417,23 +4725,28 @@ class Adaptation:
         self.model.requires_grad_(False)
 
     def warm_up(self):
-        """Compile, on random tokens, everything that reading will need."""
+        """Compile, or capture as CUDA graphs, on random tokens what most reading will need."""
         self.model.requires_grad_(False)
         if self.caps is not None:
             self.caps.requires_grad_(True)
-        if not (self.c.ttt_compile and self.model.compiled):
+        reader, chunk, start = self.reader, self.c.ttt_chunk_size, time.perf_counter()
+        if reader.cache:            # every rung of the ladder twice: eager, captured
+            wanted, rounds, ends, early = reader.graphs.wanted, 2, [*reader.ladder[1:], 1], 1 - -self.c.ttt_live_tokens // chunk
+        else:
+            wanted, rounds, ends, early = self.c.ttt_compile and self.model.compiled, 1, [self.rows // 2] * 2, 3
+        if not wanted:
             return
-        start, chunk = time.perf_counter(), self.c.ttt_chunk_size
-        tokens = np.random.default_rng(0).integers(2, self.c.vocab_size, 5 * chunk * self.rows + 1).astype(np.uint16)
-        sizes = np.where(np.arange(self.rows) < max(self.rows // 2, 1), 5 * chunk, 3 * chunk)
-        documents = np.stack((np.arange(self.rows) * 5 * chunk, sizes), 1)
-        adapters = DocumentAdapters(self.model, self.rows, 0)
-        reader = Reader(self.model, adapters, DocumentBatch(documents, chunk), tokens, self.cache, self.caps)
-        with compiling(self.model, True):
-            for _ in score_first(reader.chunks(), reader.score, reader.adapt):
-                pass
+        sizes = np.array([early + sum(row < end for end in ends) for row in range(self.rows)]) * chunk
+        sizes = np.minimum(sizes, reader.ids.shape[1] - chunk - 1)
+        tokens = np.random.default_rng(0).integers(2, self.c.vocab_size, sizes[0] + self.rows + 1).astype(np.uint16)
+        documents = DocumentBatch(np.stack((np.arange(self.rows), sizes), 1), chunk)
+        with compiling(self.model, not reader.cache):
+            for _ in range(rounds):
+                reader.begin(documents, tokens)
+                for _ in score_first(reader.chunks(), reader.score, reader.adapt):
+                    pass
         self.run.world.sync()
-        self.run.log(f"ttt_warm_up: compiled on random tokens in {time.perf_counter() - start:.1f}s")
+        self.run.log(f"ttt_warm_up: {'captured' if reader.cache else 'compiled'} on random tokens in {time.perf_counter() - start:.1f}s")
 
     def finish_if_signalled(self):
         """After a signal on any rank: the score of what is done, marked partial."""

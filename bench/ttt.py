@@ -2,13 +2,14 @@
 
     python bench/ttt.py --checkpoint ema.safetensors --tokens fineweb_val_000000.bin --tokenizer fineweb_8192_bpe.model \\
         --json records/NAME/ttt.json                # one H100, about four minutes
-    python bench/ttt.py ... --documents 16 --tune-documents 0 --longest 512     # a look on a CPU
+    python bench/ttt.py ... --documents 16 --batch 8 --tune-documents 0 --longest 512 --only fast       # a look on a CPU
 
 Chunk, live tokens and learning rate of the cached protocol are chosen on --tune-documents other documents: the lowest
 loss among the settings of GRID that reach --floor tokens a second there. Gains are over one pass with windowed attention, which
-is what both protocols come to at learning rate 0. Both protocols then read the same --documents,
-per-document adapters only (--phases N: with N global phases). Seconds include everything but loading and the warm-up,
-whose seconds are given. Model settings come from the environment, as for train_gpt.py, but with --checkpoint
+is what both protocols come to at learning rate 0. Both protocols then read the same --documents, per-document adapters only
+(--phases N: with N global phases). Seconds include everything but loading and the warm-up (compiling, capturing CUDA graphs),
+whose seconds are given; memory is each row's own peak. The cached protocol runs eagerly with CUDA graphs (TTT_GRAPHS=0:
+without), the published one compiled. Model settings come from the environment, as for train_gpt.py, but with --checkpoint
 PARALLEL_START_LAYER is 8 unless it says otherwise (the checkpoint of the specification).
 """
 
@@ -27,8 +28,9 @@ import torch
 import train_gpt as tg
 
 # chunk, live tokens, learning rate
-GRID = [(48, 48, 2e-4), (48, 48, 3e-4), (32, 48, 2e-4), (24, 48, 1.5e-4), (24, 48, 2e-4), (24, 24, 1.5e-4), (16, 48, 1e-4), (48, 96, 2e-4),
-        (48, 48, 2.5e-4), (64, 64, 3e-4), (48, 0, 2e-4)]
+GRID = [(48, 48, 3e-4), (24, 24, 2e-4), (24, 24, 1.5e-4), (24, 48, 2e-4), (32, 32, 2e-4), (16, 32, 1.5e-4), (48, 48, 2e-4),
+        (24, 48, 1.5e-4), (16, 48, 1.5e-4), (16, 16, 1.5e-4), (32, 64, 2.5e-4), (24, 24, 2.5e-4), (24, 96, 2e-4), (48, 96, 3e-4),
+        (32, 32, 2.5e-4), (8, 24, 1e-4), (48, 48, 2.5e-4), (64, 64, 3e-4)]
 
 
 def arguments():
@@ -48,7 +50,7 @@ def arguments():
     p.add_argument("--rank", type=int, default=56)
     p.add_argument("--phases", type=int, default=0)
     p.add_argument("--floor", type=float, default=60000)
-    p.add_argument("--compile", type=int, default=1, help="0: eager; 1: both protocols compiled; 2: only the published one")
+    p.add_argument("--compile", type=int, default=1, help="the published protocol: 0: eager; 1: compiled")
     p.add_argument("--only", choices=("published", "fast"), help="one protocol only")
     p.add_argument("--seconds", type=float, default=290, help="leave out what is left of the search when it would take longer")
     p.add_argument("--windows", action="store_true", help="also plain evaluation, and with a sliding window")
@@ -96,7 +98,8 @@ class Bench:
         """Settings for the next measurement, and the weights as they were loaded."""
         self.model.config = config
         tg.import_weights(self.model, self.tensors)
-        log = tg.Log(None, quiet=True)
+        self.lines = []
+        log = lambda line, *_, **__: self.lines.append(line)
         return tg.Run(config, self.world, log, tg.Ledger(log, self.world, 0), Path("."))
 
     def plain(self, data: tg.Validation, **how) -> tg.Score:
@@ -107,14 +110,22 @@ class Bench:
         config = self.configure(**settings)
         run = self.run(config)
         self.world.sync()
-        return tg.evaluate_adapted(run, self.model, data, "ttt", time.perf_counter(), 1e9)
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        score = tg.evaluate_adapted(run, self.model, data, "ttt", time.perf_counter(), 1e9)
+        for line in self.lines:
+            if line.startswith(("ttt_graphs", "ttt_non_finite")):
+                print(line, flush=True)
+        self.warm_up = sum(float(line.split()[-1].rstrip("s")) for line in self.lines if line.startswith("ttt_warm_up"))
+        return score._replace(seconds=score.seconds - self.warm_up)
 
     def published(self, data) -> tg.Score:
-        return self.protocol(data, TTT_PROTOCOL="published", TTT_BATCH_SIZE=self.a.published_batch, TTT_COMPILE=int(self.a.compile > 0))
+        return self.protocol(data, TTT_PROTOCOL="published", TTT_BATCH_SIZE=self.a.published_batch, TTT_COMPILE=self.a.compile)
 
     def cached(self, data, chunk, live, lr) -> tg.Score:
         return self.protocol(data, TTT_PROTOCOL="cached", TTT_BATCH_SIZE=self.a.batch, TTT_CHUNK_SIZE=chunk, TTT_LIVE_TOKENS=live,
-                             TTT_LORA_LR=lr, TTT_COMPILE=int(self.a.compile == 1))
+                             TTT_LORA_LR=lr)
 
 
 def graphs() -> int:
@@ -122,8 +133,12 @@ def graphs() -> int:
 
 
 def profile(bench: Bench, data, setting, path: str):
-    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as p:
-        bench.cached(data, *setting)
+    """The kernels of reading; the warm-up is left out."""
+    p, warm_up = torch.profiler.profile(activities=list(torch.profiler.supported_activities())), tg.Adaptation.warm_up
+    tg.Adaptation.warm_up = lambda self: (warm_up(self), p.start())
+    bench.cached(data, *setting)
+    tg.Adaptation.warm_up = warm_up
+    p.stop()
     sort = "cuda_time_total" if bench.world.device.type == "cuda" else "cpu_time_total"
     Path(path).write_text(p.key_averages().table(sort_by=sort, row_limit=50, max_name_column_width=90))
 
@@ -139,7 +154,7 @@ def main():
         counts = np.diff((np.cumsum(tokens != tg.BOS) * a.bytes_per_token).astype(np.int64), prepend=0)
     order = np.random.default_rng(0).permutation(len(tg.find_documents(tokens)))
     data = choose_documents(tokens, counts, order[: a.documents], a.longest)
-    tune = choose_documents(tokens, counts, order[a.documents: a.documents + a.tune_documents], a.longest)
+    tune = choose_documents(tokens, counts, order[a.documents: a.documents + a.tune_documents], a.longest) if a.tune_documents else None
     cuda = b.world.device.type == "cuda"
     out = {"device": b.device_name, "torch": torch.__version__, "documents": a.documents, "tokens": len(data.tokens) - 1,
            "compile": a.compile, "batch": a.batch, "published_batch": a.published_batch, "rank": a.rank, "phases": a.phases}
@@ -151,9 +166,10 @@ def main():
         b.published(choose_documents(tokens, counts, order[: a.published_batch], 240))
     if a.only != "published":
         b.cached(short, 48, 48, 1e-4)
+        out["graph_seconds"] = b.warm_up
     b.world.sync()
     out["warm_up_seconds"], known = time.perf_counter() - begun, graphs()
-    print(f"warm-up {out['warm_up_seconds']:.1f} s, {known} graphs", flush=True)
+    print(f"warm-up {out['warm_up_seconds']:.1f} s, {known} compiled graphs; capture {out.get('graph_seconds', 0):.1f} s", flush=True)
 
     plain = b.plain(data, windowed=True)        # what either protocol comes to at learning rate 0
     out["windowed_bpb"], out["windowed_seconds"] = plain.bpb, plain.seconds
@@ -178,7 +194,7 @@ def main():
             base, tried = b.plain(tune, windowed=True), []
             reserve = 2.5 * out["tokens"] / 11700 if a.only != "fast" else 30
             for candidate in GRID:
-                if b.elapsed() + reserve > a.seconds:
+                if b.elapsed() + reserve > a.seconds:           # what both protocols will take
                     print("search cut short: --seconds", flush=True)
                     break
                 score = b.cached(tune, *candidate)
@@ -189,8 +205,6 @@ def main():
             out["search_plain_bpb"] = base.bpb
         if a.profile:
             profile(b, short, setting, a.profile)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
         fast = b.cached(data, *setting)
         row("cached {}+{} lr {:g}".format(*setting), fast, plain)
         out.update(zip(("chunk", "live", "lr"), setting))
@@ -201,8 +215,6 @@ def main():
         if a.published_documents:
             some = choose_documents(tokens, counts, order[: a.published_documents], a.longest)
             base = b.plain(some, windowed=True)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
         published = b.published(some)
         row("published 48 lr 1e-4", published, base)
         out.update(published_tok_s=published.tokens / published.seconds, published_bpb=published.bpb,

@@ -33,21 +33,21 @@ class ListLog:
         self.lines.append(text)
 
 
-def cpu_world() -> tg.World:
+def one_world(device: str) -> tg.World:
     w = tg.World.__new__(tg.World)
-    w.rank, w.size, w.local_rank, w.device = 0, 1, 0, torch.device("cpu")
+    w.rank, w.size, w.local_rank, w.device = 0, 1, 0, torch.device(device)
     return w
 
 
-def setting(**changes) -> tuple[tg.Run, tg.GPT]:
+def setting(device="cpu", **changes) -> tuple[tg.Run, tg.GPT]:
     """A run and a model in which nothing is at its initial value."""
     config = tg.load_config({name: str(value) for name, value in {**SETTINGS, **changes}.items()})[0]
-    model = tg.GPT(config, torch.device("cpu"))
+    model = tg.GPT(config, torch.device(device))
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=g) * 0.1)
-    world, log = cpu_world(), ListLog()
+            p.add_(torch.randn(p.shape, generator=g).to(device) * 0.1)
+    world, log = one_world(device), ListLog()
     return tg.Run(config, world, log, tg.Ledger(log, world, 0), Path(".")), model
 
 

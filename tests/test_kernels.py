@@ -17,6 +17,9 @@ import train_gpt as tg
 SOFTCAP_CASES = [(1, 2, 30.0), (5, 384, 30.0), (3, 1000, 2.0), (7, 127, 30.0), (2, 8193, 30.0)]
 HEADS_CASES = [(1, 3, 4, 2, 8, 2), (2, 37, 4, 4, 16, 8), (1, 65, 6, 1, 24, 4), (1, 5, 2, 1, 8, 0)]       # B, T, H, K, d, half
 GATED_CASES = [(1, 3, 4, 2, 8), (2, 37, 4, 4, 16), (1, 65, 6, 1, 24), (1, 33, 2, 1, 64)]
+# B, T, H, K, d, position, window, spare room in the ring
+PAST_CASES = [(2, 7, 4, 2, 8, 0, 20, 3), (1, 37, 4, 2, 16, 50, 21, 0), (1, 5, 2, 2, 64, 90, 300, 9), (2, 33, 6, 2, 24, 200, 70, 0),
+              (1, 70, 4, 1, 16, 9, 100, 1), (1, 1, 2, 1, 16, 3, 2, 0), (1, 90, 2, 1, 16, 0, 10, 0)]
 
 
 def softcap_inputs(n, v, device="cpu", dtype=torch.float32, seed=0):
@@ -135,6 +138,94 @@ def check_gated(function, device, dtype, tolerance):
                     near(a.grad, b.grad, tolerance, f"d{name}")
 
 
+def past_float64(q, k, v, keys, values, position, window):
+    """Position by position over plain lists of what it sees (differentiable)."""
+    B, T, H, d = q.shape
+    P, group, out = keys.shape[1], H // k.shape[2], []
+    for t in range(T):
+        seen = range(max(position + t - window + 1, 0), position + t + 1)
+        pick = lambda ring, live: torch.stack([live[:, p - position] if p >= position else ring[:, p % P]  # noqa: B023
+                                               for p in seen], 1).repeat_interleave(group, 2)              # noqa: B023
+        p = torch.softmax(torch.einsum("bhd,bphd->bhp", q[:, t], pick(keys, k)) / d ** 0.5, -1)
+        out.append(torch.einsum("bhp,bphd->bhd", p, pick(values, v)))
+    return torch.stack(out, 1)
+
+
+def check_past(function, device, dtype, tolerance):
+    """Windows smaller and larger than what is held, none held, a ring that has gone round, queries past one block."""
+    for B, T, H, K, d, position, window, spare in PAST_CASES:
+        g = torch.Generator().manual_seed(4)
+        q, k, v = (torch.randn(B, T, heads, d, generator=g).to(dtype).to(device) for heads in (H, K, K))
+        rings = torch.full((2, B, window - 1 + T + spare, K, d), float("nan"))      # what nobody may read
+        for p in range(max(position - window + 1, 0), position):
+            rings[:, :, p % rings.shape[2]] = torch.randn(2, B, K, d, generator=g)
+        for i in range(T):
+            rings[:, :, (position + i) % rings.shape[2]] = torch.stack((k, v)).float().cpu()[:, :, i]
+        keys, values = rings.to(dtype).to(device)
+        exact = [t.double().cpu().requires_grad_() for t in (q, k, v)]
+        expected = past_float64(*exact, keys.double().cpu(), values.double().cpu(), position, window)
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+        poison(device)
+        out = function(*leaves, keys, values, torch.full((1,), position, device=device), window)
+        near(out, expected.detach(), tolerance, "y")
+        grad = torch.randn(out.shape, generator=g).to(dtype)
+        out.backward(grad.to(device))
+        expected.backward(grad.double())
+        for a, b, name in zip(leaves, exact, "qkv"):
+            near(a.grad, b.grad, tolerance, f"d{name}")
+
+
+def check_blend(function, device, dtype, tolerance):
+    for shape, weighed in (((1, 3, 5), True), ((2, 37, 48), False), ((3, 70, 32), True)):
+        g = torch.Generator().manual_seed(5)
+        x, y = (torch.randn(shape, generator=g).to(dtype).to(device) for _ in "xy")
+        weights = [torch.randn(shape[-1], generator=g).to(device) for _ in "xy"]
+        exact = [t.double().cpu().requires_grad_() for t in (x, y, *weights)]
+        expected = (exact[2] if weighed else 1) * exact[0] + exact[3] * exact[1]
+        leaves = [t.requires_grad_() for t in (x, y, *weights)]
+        poison(device)
+        out = function(x, y, weights[0] if weighed else None, weights[1])
+        near(out, expected.detach(), tolerance, "out")
+        grad = torch.randn(shape, generator=g).to(dtype)
+        out.backward(grad.to(device))
+        expected.backward(grad.double())
+        for a, b in zip(leaves, exact):
+            assert (a.grad is None) == (b.grad is None)
+            if b.grad is not None:
+                near(a.grad, b.grad, tolerance, "gradient")
+
+
+def check_leaky_square(function, device, dtype, tolerance):
+    for shape in ((1, 1, 1), (2, 37, 48), (3, 700)):
+        g = torch.Generator().manual_seed(6)
+        x, grad = (torch.randn(shape, generator=g).to(dtype) for _ in "xg")
+        z = x.double()
+        leaf = x.to(device).requires_grad_()
+        poison(device)
+        out = function(leaf)
+        near(out, torch.where(z > 0, z, z / 2) ** 2, tolerance, "out")
+        out.backward(grad.to(device))
+        near(leaf.grad, grad.double() * torch.where(z > 0, 2 * z, z / 2), tolerance, "gradient")
+
+
+def check_adamw(function, device, dtype, tolerance):
+    """Three steps of torch.optim.AdamW in float64; the copy of the weights in the gradient's precision."""
+    for shape, beta1 in (((1, 5), 0.0), ((3, 700), 0.9), ((2, 1024), 0.0)):
+        g = torch.Generator().manual_seed(7)
+        start = torch.randn(shape, generator=g)
+        exact = start.double().requires_grad_()
+        optimizer = torch.optim.AdamW([exact], lr=0.01, betas=(beta1, 0.99), eps=1e-10, weight_decay=0.5)
+        weights, second = start.to(device), torch.zeros(shape, device=device)
+        low, first = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, device=device) if beta1 else None
+        for step in (1, 2, 3):
+            gradient = torch.randn(shape, generator=g).to(dtype)
+            exact.grad = gradient.double()
+            optimizer.step()
+            function(weights, low, gradient.to(device), first, second, step, 0.01, beta1, 0.99, 0.5)
+        near(weights, exact.detach(), 2e-5, "weights")
+        near(low, exact.detach(), tolerance, "low")
+
+
 def trellis_float64(w, u, step, shrink, state, states):
     """Viterbi for one row, every survivor a plain list: errors of the best path and its last state."""
     nexts = tg.trellis_next(states)
@@ -175,7 +266,8 @@ def check_trellis(function, device, dtype, tolerance):
                 assert int(last[n, r]) == end
 
 
-CHECKS = {"softcap_ce": check_softcap, "qkv_heads": check_heads, "gated_heads": check_gated, "trellis_block": check_trellis}
+CHECKS = {"softcap_ce": check_softcap, "qkv_heads": check_heads, "gated_heads": check_gated, "past_attention": check_past,
+          "blend": check_blend, "leaky_square": check_leaky_square, "adamw": check_adamw, "trellis_block": check_trellis}
 
 
 def test_every_kernel_has_a_check():
