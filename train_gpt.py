@@ -4449,7 +4449,7 @@ class Reader:
         rows, longest, device = self.adapters.rows, self.c.ttt_eval_seq_len, self.ids.device
         lengths, tokens = self.lengths[:rows], self.ids[:rows, 1:]
         ends = np.minimum(last, self.sizes[:rows])
-        width = int((ends - np.maximum(ends - longest, 0)).max())
+        width = -(-int((ends - np.maximum(ends - longest, 0)).max()) // 16) * 16        # odd widths would be compiled anew
         starts = (lengths[:, None].clamp(max=last) - longest).clamp(min=0)
         ids = tokens.gather(1, (starts + torch.arange(width, device=device)).clamp(max=tokens.shape[1] - 1))
         at = (torch.arange(first, last, device=device) - starts).clamp(0, width - 1)
