@@ -1,27 +1,52 @@
-"""Kill rank 1 of a two-rank run when a line with `pattern` appears; report how the rest ends."""
-import os, re, signal, subprocess, sys, time, threading
-pattern, name = sys.argv[1], sys.argv[2]
-env = {**os.environ, "ARTIFACT_DIR": f"/opt/run/{name}", "RUN_ID": name}
-p = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt.py"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-def ranks():
+"""Kill rank 1 of a two-rank run when a line with a pattern appears, and report how the rest ends: kill.py PATTERN NAME.
+
+Settings come from the environment; the run's folder is /opt/run/NAME.
+"""
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+pattern, name = sys.argv[1:]
+command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt.py"]
+process = subprocess.Popen(command, env={**os.environ, "ARTIFACT_DIR": f"/opt/run/{name}", "RUN_ID": name}, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, text=True)
+
+
+def ranks() -> dict[int, list[int]]:
+    """Rank -> processes of this run."""
     out = {}
-    for d in os.listdir("/proc"):
-        if d.isdigit():
-            try:
-                e = open(f"/proc/{d}/environ", "rb").read().split(b"\0"); c = open(f"/proc/{d}/cmdline").read()
-            except OSError: continue
-            if f"RUN_ID={name}".encode() in e and "train_gpt.py" in c and "distributed.run" not in c and "compile_worker" not in c:
-                for x in e:
-                    if x.startswith(b"RANK="): out.setdefault(int(x[5:]), []).append(int(d))
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            settings, line = (folder / "environ").read_bytes().split(b"\0"), (folder / "cmdline").read_text()
+        except OSError:
+            continue
+        if f"RUN_ID={name}".encode() in settings and "train_gpt.py" in line and not re.search("distributed.run|compile_worker", line):
+            for s in settings:
+                if s.startswith(b"RANK="):
+                    out.setdefault(int(s[5:]), []).append(int(folder.name))
     return out
+
+
 killed, lines = None, []
-limit = threading.Timer(200, lambda: subprocess.run(["pkill", "-9", "-f", "train_gpt.py"])); limit.start()
-for line in p.stdout:
-    if "progress" not in line: lines.append((time.time(), line.rstrip()))
-    if killed is None and re.search(pattern, line):
-        time.sleep(0.2); r = ranks(); pid = min(r[1]); os.kill(pid, signal.SIGKILL); killed = time.time()
-        print(f"{name}: at {line.strip()[:100]!r} killed rank 1 (pid {pid} of {r})", flush=True)
-code = p.wait(); limit.cancel()
+limit = threading.Timer(200, lambda: subprocess.run(["pkill", "-9", "-f", "train_gpt.py"]))
+limit.start()
+for text in process.stdout:
+    if "progress" not in text:
+        lines.append((time.time(), text.rstrip()))
+    if killed is None and re.search(pattern, text):
+        time.sleep(0.2)
+        found = ranks()
+        os.kill(min(found[1]), signal.SIGKILL)
+        killed = time.time()
+        print(f"{name}: at {text.strip()[:100]!r} killed rank 1 (pid {min(found[1])} of {found})", flush=True)
+code = process.wait()
+limit.cancel()
 print(f"{name}: launcher ended with {code}, {time.time() - (killed or 0):.1f} s after the kill; said since then:")
 for at, text in lines:
-    if killed and at >= killed: print(f"  {at - killed:5.1f} s  {text[:160]}")
+    if killed and at >= killed:
+        print(f"  {at - killed:5.1f} s  {text[:160]}")
