@@ -1177,6 +1177,7 @@ def select_kernels(config: Config):
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:                 # a CPU install has none: the references serve
     triton = tl = None
 
@@ -1433,6 +1434,98 @@ if triton is not None:
 def gated_heads(y_BTHd: Tensor, v_BTKd: Tensor, z_BTH: Tensor, xsa: bool, scale: float, factor: float) -> Tensor:
     """XSA and head gate in one kernel, all their gradients in another (Triton)."""
     return gated_heads_forward(y_BTHd.contiguous(), v_BTKd.contiguous(), z_BTH.contiguous(), xsa, scale, factor)
+
+
+def leaky_mlp_reference(n_BTD: Tensor, up_MD: Tensor, down_DM: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden = leaky_relu(n Up^T, 0.5)^2 [B, T, M] -> hidden Down^T [B, T, D], and hidden (no gradient enters there)."""
+    hidden = F.leaky_relu(F.linear(n_BTD, up_MD), 0.5).square()
+    return F.linear(hidden, down_DM), hidden.detach()
+
+
+class Tiling(NamedTuple):
+    """How a matrix product is cut: rows and 16-bit columns of a tile, pipeline stages, warps, programs per processor."""
+    rows: int
+    columns: int
+    stages: int
+    warps: int
+    programs: int = 1
+    flatten: bool = True
+
+
+MLP_FORWARD, MLP_BACKWARD = Tiling(128, 256, 3, 8), Tiling(128, 256, 3, 8)
+
+if triton is not None:
+    @triton.jit
+    def leaky_mlp_part(total, hidden, out, row, column, SHIFT: tl.constexpr, BACKWARD: tl.constexpr):
+        """Finish and store some columns. The lowest bit of a hidden value is the sign of what was squared, so that the
+        backward pass needs nothing else: its slope is 2 sqrt(hidden), or -sqrt(hidden) where the sign is set."""
+        if BACKWARD:
+            h = hidden.load([row, column]).to(tl.float32)
+            total *= tl.sqrt(h) * (2 - 3 * (h.to(tl.int32, bitcast=True) >> SHIFT & 1)).to(tl.float32)
+        else:
+            negative = (total < 0).to(tl.int32) << SHIFT
+            bits = (total * total * tl.where(total < 0, 0.25, 1.0)).to(tl.int32, bitcast=True) - negative + (1 << SHIFT)
+            total = (bits & -(2 << SHIFT) | negative).to(tl.float32, bitcast=True)
+        out.store([row, column], total.to(out.dtype))
+
+    @triton.jit
+    def leaky_mlp_kernel(a, b, hidden, out, M, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+                         SHIFT: tl.constexpr, BACKWARD: tl.constexpr, FLATTEN: tl.constexpr):
+        """Persistent product of a [M, K] with b^T (b [N, K]; backward: b [K, N]) and its epilogue, in half tiles."""
+        across = tl.cdiv(N, COLUMNS)
+        for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS) * across, tl.num_programs(0), flatten=FLATTEN):
+            row, column = tile // across * ROWS, tile % across * COLUMNS
+            total = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for k in range(0, K, DEPTH):
+                if BACKWARD:
+                    y = b.load([k, column])
+                else:
+                    y = b.load([column, k]).T
+                total = tl.dot(a.load([row, k]), y, total, input_precision="ieee")
+            left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+            leaky_mlp_part(left, hidden, out, row, column, SHIFT, BACKWARD)
+            leaky_mlp_part(right, hidden, out, row, column + COLUMNS // 2, SHIFT, BACKWARD)
+
+    def launch_leaky_mlp(a_MK, b, hidden_MN, out_MN, backward, tiling):
+        """Tensors reach the kernel as descriptors (TMA on Hopper, pointers before it): rows of multiples of 16 bytes."""
+        (m, n), k, size = out_MN.shape, a_MK.shape[1], a_MK.element_size()
+        rows, columns, depth = tiling.rows, tiling.columns * 2 // size, 128 // size
+        cut = lambda t, *shape: TensorDescriptor.from_tensor(t, list(shape))
+        processors = torch.cuda.get_device_properties(a_MK.device).multi_processor_count if a_MK.is_cuda else 1
+        leaky_mlp_kernel[(min(processors * tiling.programs, triton.cdiv(m, rows) * triton.cdiv(n, columns)),)](
+            cut(a_MK, rows, depth), cut(b, depth, columns) if backward else cut(b, columns, depth),
+            cut(hidden_MN, rows, columns // 2), cut(out_MN, rows, columns // 2), m, n, k, ROWS=rows, COLUMNS=columns, DEPTH=depth,
+            SHIFT=32 - 8 * size, BACKWARD=backward, FLATTEN=tiling.flatten, num_warps=tiling.warps, num_stages=tiling.stages)
+
+    def run_leaky_mlp(n, up, down, out, hidden):
+        launch_leaky_mlp(n, up, hidden, hidden, False, MLP_FORWARD)
+        torch.mm(hidden, down.T, out=out)
+
+    leaky_mlp_forward = fused_op("leaky_mlp(Tensor n, Tensor up, Tensor down) -> (Tensor, Tensor)",
+                                 lambda n, up, down: (torch.empty_like(n), n.new_empty(len(n), len(up))), run_leaky_mlp)
+    leaky_mlp_backward = fused_op(
+        "leaky_mlp_backward(Tensor grad, Tensor down, Tensor hidden) -> Tensor", lambda g, down, hidden: torch.empty_like(hidden),
+        lambda g, down, hidden, out: launch_leaky_mlp(g, down, hidden, out, True, MLP_BACKWARD))
+
+    def save_leaky_mlp(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, output[1])
+
+    def grad_leaky_mlp(ctx, grad, _):
+        n, up, down, hidden = ctx.saved_tensors
+        grad = grad.contiguous()
+        before = leaky_mlp_backward(grad, down, hidden)
+        return before @ up, before.T @ n, grad.T @ hidden
+
+    leaky_mlp_forward.register_autograd(grad_leaky_mlp, setup_context=save_leaky_mlp)
+
+
+@kernel(leaky_mlp_reference, lambda c, device: tuple(torch.ones(shape, dtype=torch.bfloat16, device=device) for shape in (
+    (1, 64, c.model_dim), (c.mlp_dim, c.model_dim), (c.model_dim, c.mlp_dim))))
+def leaky_mlp(n_BTD: Tensor, up_MD: Tensor, down_DM: Tensor) -> tuple[Tensor, Tensor]:
+    """Activation and its gradient inside the matrix products (Triton); only hidden is kept for the backward pass."""
+    out, hidden = leaky_mlp_forward(n_BTD.flatten(0, -2).contiguous(), up_MD.contiguous(), down_DM.contiguous())
+    return out.view(n_BTD.shape), hidden.view(*n_BTD.shape[:-1], -1)
 
 
 TRELLIS_CODES = {       # states -> parity-check polynomials h0, h1 (Ungerboeck 1982, one-dimensional modulation)
@@ -1772,11 +1865,10 @@ def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: Pa
 
 def mlp(n: Tensor, w: Layer, adapter: PassAdapters, tap) -> Tensor:
     """leaky_relu(n Up^T, 0.5)^2 Down^T."""
-    hidden = F.leaky_relu(linear(n, w.up), 0.5).square()
+    out, hidden = leaky_mlp(n, w.up, w.down)
     if tap:
         tap("mlp.fc", n)
         tap("mlp.proj", hidden)
-    out = linear(hidden, w.down)
     return out if adapter.mlp is None else adapter.mlp(n, out)
 
 

@@ -16,6 +16,7 @@ import train_gpt as tg
 # Odd sizes everywhere: no power of two, one row, vocabularies above and below one block of the kernel.
 SOFTCAP_CASES = [(1, 2, 30.0), (5, 384, 30.0), (3, 1000, 2.0), (7, 127, 30.0), (2, 8193, 30.0)]
 HEADS_CASES = [(1, 3, 4, 2, 8, 2), (2, 37, 4, 4, 16, 8), (1, 65, 6, 1, 24, 4), (1, 5, 2, 1, 8, 0)]       # B, T, H, K, d, half
+MLP_CASES = [(1, 1, 8, 16), (3, 43, 24, 40), (1, 150, 136, 272), (2, 65, 72, 520)]     # B, T, D, M: multiples of 16 bytes
 GATED_CASES = [(1, 3, 4, 2, 8), (2, 37, 4, 4, 16), (1, 65, 6, 1, 24), (1, 33, 2, 1, 64)]
 
 
@@ -135,6 +136,32 @@ def check_gated(function, device, dtype, tolerance):
                     near(a.grad, b.grad, tolerance, f"d{name}")
 
 
+def mlp_float64(n, up, down):
+    x = n @ up.T
+    hidden = torch.where(x > 0, x, 0.5 * x) ** 2
+    return hidden @ down.T, hidden
+
+
+def check_mlp(function, device, dtype, tolerance):
+    for B, T, D, M in MLP_CASES:
+        g = torch.Generator().manual_seed(4)
+        inputs = [(torch.randn(*shape, generator=g) / shape[-1] ** 0.5).to(dtype).to(device) for shape in ((B, T, D), (M, D), (D, M))]
+        inputs[0].view(-1, D)[-1] = 0           # a row of zeros: neither sign
+        exact = [t.double().cpu().requires_grad_() for t in inputs]
+        expected = mlp_float64(*exact)
+        leaves = [t.requires_grad_() for t in inputs]
+        poison(device)
+        out = function(*leaves)
+        assert not out[1].requires_grad
+        for a, b, name in zip(out, expected, ("out", "hidden")):
+            near(a, b.detach(), tolerance, name)
+        grad = torch.randn(out[0].shape, generator=g).to(dtype)
+        out[0].backward(grad.to(device))
+        expected[0].backward(grad.double())
+        for a, b, name in zip(leaves, exact, ("n", "up", "down")):
+            near(a.grad, b.grad, tolerance, f"d{name}")
+
+
 def trellis_float64(w, u, step, shrink, state, states):
     """Viterbi for one row, every survivor a plain list: errors of the best path and its last state."""
     nexts = tg.trellis_next(states)
@@ -175,7 +202,8 @@ def check_trellis(function, device, dtype, tolerance):
                 assert int(last[n, r]) == end
 
 
-CHECKS = {"softcap_ce": check_softcap, "qkv_heads": check_heads, "gated_heads": check_gated, "trellis_block": check_trellis}
+CHECKS = {"softcap_ce": check_softcap, "qkv_heads": check_heads, "gated_heads": check_gated, "leaky_mlp": check_mlp,
+          "trellis_block": check_trellis}
 
 
 def test_every_kernel_has_a_check():
