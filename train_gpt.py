@@ -1449,32 +1449,39 @@ class Tiling(NamedTuple):
     stages: int
     warps: int
     programs: int = 1
-    flatten: bool = True
+    flatten: bool = True        # one loop over tiles and depth: the next tile's loads run during the epilogue
 
 
-MLP_FORWARD, MLP_BACKWARD = Tiling(128, 256, 3, 8), Tiling(128, 256, 3, 8)
+MLP_FORWARD, MLP_BACKWARD = Tiling(128, 256, 3, 8), Tiling(128, 256, 3, 8, flatten=False)
 
 if triton is not None:
     @triton.jit
-    def leaky_mlp_part(total, hidden, out, row, column, SHIFT: tl.constexpr, BACKWARD: tl.constexpr):
-        """Finish and store some columns. The lowest bit of a hidden value is the sign of what was squared, so that the
-        backward pass needs nothing else: its slope is 2 sqrt(hidden), or -sqrt(hidden) where the sign is set."""
-        if BACKWARD:
-            h = hidden.load([row, column]).to(tl.float32)
-            total *= tl.sqrt(h) * (2 - 3 * (h.to(tl.int32, bitcast=True) >> SHIFT & 1)).to(tl.float32)
-        else:
-            negative = (total < 0).to(tl.int32) << SHIFT
-            bits = (total * total * tl.where(total < 0, 0.25, 1.0)).to(tl.int32, bitcast=True) - negative + (1 << SHIFT)
-            total = (bits & -(2 << SHIFT) | negative).to(tl.float32, bitcast=True)
-        out.store([row, column], total.to(out.dtype))
+    def square_leaky(x, SHIFT: tl.constexpr):
+        """leaky_relu(x, 0.5)^2, rounded to a 16- or 32-bit float whose lowest bit is the sign of x."""
+        sign = (x < 0).to(tl.int32) << SHIFT
+        bits = (x * x * tl.where(x < 0, 0.25, 1.0)).to(tl.int32, bitcast=True) - sign + (1 << SHIFT)
+        return (bits & -(2 << SHIFT) | sign).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def square_leaky_slope(hidden, SHIFT: tl.constexpr):
+        """Derivative at x, read off square_leaky(x): 2 x = 2 sqrt(hidden), or x / 2 = -sqrt(hidden) where the sign is set."""
+        h = hidden.to(tl.float32)
+        return tl.sqrt(h) * (2 - 3 * (h.to(tl.int32, bitcast=True) >> SHIFT & 1)).to(tl.float32)
 
     @triton.jit
     def leaky_mlp_kernel(a, b, hidden, out, M, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
                          SHIFT: tl.constexpr, BACKWARD: tl.constexpr, FLATTEN: tl.constexpr):
-        """Persistent product of a [M, K] with b^T (b [N, K]; backward: b [K, N]) and its epilogue, in half tiles."""
+        """Persistent product of a [M, K] with b^T (b [N, K]; backward: b [K, N]), its epilogue in half tiles. Forward
+        stores square_leaky of it; backward stores it times the slope that `hidden` tells, loaded early where that fits."""
+        HALF: tl.constexpr = COLUMNS // 2
         across = tl.cdiv(N, COLUMNS)
         for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS) * across, tl.num_programs(0), flatten=FLATTEN):
             row, column = tile // across * ROWS, tile % across * COLUMNS
+            i, j = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, HALF)[None, :]
+            at = hidden + i.to(tl.int64) * N + j
+            if BACKWARD and not FLATTEN:
+                h_left = tl.load(at, mask=(i < M) & (j < N), other=0.0)
+                h_right = tl.load(at + HALF, mask=(i < M) & (j + HALF < N), other=0.0)
             total = tl.zeros((ROWS, COLUMNS), tl.float32)
             for k in range(0, K, DEPTH):
                 if BACKWARD:
@@ -1482,9 +1489,16 @@ if triton is not None:
                 else:
                     y = b.load([column, k]).T
                 total = tl.dot(a.load([row, k]), y, total, input_precision="ieee")
-            left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
-            leaky_mlp_part(left, hidden, out, row, column, SHIFT, BACKWARD)
-            leaky_mlp_part(right, hidden, out, row, column + COLUMNS // 2, SHIFT, BACKWARD)
+            left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, HALF)), (0, 2, 1)))
+            if BACKWARD:
+                if FLATTEN:
+                    h_left = tl.load(at, mask=(i < M) & (j < N), other=0.0)
+                    h_right = tl.load(at + HALF, mask=(i < M) & (j + HALF < N), other=0.0)
+                out.store([row, column], (left * square_leaky_slope(h_left, SHIFT)).to(out.dtype))
+                out.store([row, column + HALF], (right * square_leaky_slope(h_right, SHIFT)).to(out.dtype))
+            else:
+                out.store([row, column], square_leaky(left, SHIFT).to(out.dtype))
+                out.store([row, column + HALF], square_leaky(right, SHIFT).to(out.dtype))
 
     def launch_leaky_mlp(a_MK, b, hidden_MN, out_MN, backward, tiling):
         """Tensors reach the kernel as descriptors (TMA on Hopper, pointers before it): rows of multiples of 16 bytes."""
@@ -1493,9 +1507,10 @@ if triton is not None:
         cut = lambda t, *shape: TensorDescriptor.from_tensor(t, list(shape))
         processors = torch.cuda.get_device_properties(a_MK.device).multi_processor_count if a_MK.is_cuda else 1
         leaky_mlp_kernel[(min(processors * tiling.programs, triton.cdiv(m, rows) * triton.cdiv(n, columns)),)](
-            cut(a_MK, rows, depth), cut(b, depth, columns) if backward else cut(b, columns, depth),
-            cut(hidden_MN, rows, columns // 2), cut(out_MN, rows, columns // 2), m, n, k, ROWS=rows, COLUMNS=columns, DEPTH=depth,
-            SHIFT=32 - 8 * size, BACKWARD=backward, FLATTEN=tiling.flatten, num_warps=tiling.warps, num_stages=tiling.stages)
+            cut(a_MK, rows, depth), cut(b, depth, columns) if backward else cut(b, columns, depth), hidden_MN,
+            cut(out_MN, rows, columns // 2), m, n, k, ROWS=rows, COLUMNS=columns, DEPTH=depth, SHIFT=32 - 8 * size,
+            BACKWARD=backward, FLATTEN=tiling.flatten, num_warps=tiling.warps, num_stages=tiling.stages,
+            maxnreg=min(255, 2048 // (tiling.warps * tiling.programs)))
 
     def run_leaky_mlp(n, up, down, out, hidden):
         launch_leaky_mlp(n, up, hidden, hidden, False, MLP_FORWARD)
