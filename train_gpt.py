@@ -1269,59 +1269,66 @@ def qkv_heads_reference(qkv: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor, k
     return q, rotate(norm(k), cos, sin), v.contiguous()
 
 
+QKV_BLOCKS, GATED_BLOCKS = ((64, 4), (64, 4)), ((32, 4), (32, 4))       # tokens and warps of a program, forward and backward
+
 if triton is not None:
     @triton.jit
     def qkv_heads_kernel(qkv, gain, cos, sin, q, k, v, dqkv, dgain, N, T, eps, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
-                         WIDE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
+                         WIDE: tl.constexpr, HALF: tl.constexpr, HALF_WIDE: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
         """BLOCK tokens of one head per program. Forward fills q, k, v; backward reads their gradients there and fills
-        dqkv and each token's share of dgain."""
-        token, slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
-        j = tl.arange(0, WIDE)
-        ok = (token < N)[:, None] & (j < D)[None, :]
-        token = token.to(tl.int64)[:, None]
-        source = token * ((H + 2 * K) * D) + slot * D
+        dqkv and each token's share of dgain. The rotated halves a and b have tiles of their own: all accesses are vectors."""
+        slot, row = tl.program_id(0) % (H + 2 * K), tl.program_id(0) // (H + 2 * K) * BLOCK + tl.arange(0, BLOCK)
+        i, j = tl.arange(0, HALF_WIDE)[None, :], tl.arange(0, WIDE)[None, :]
+        token = row.to(tl.int64)[:, None]
+        ok, turned = (row < N)[:, None] & (j < D), (row < N)[:, None] & (i < HALF)
+        source = qkv + token * ((H + 2 * K) * D) + slot * D
+        dsource = dqkv + token * ((H + 2 * K) * D) + slot * D
         if slot < H:
-            part, at = q, token * (H * D) + slot * D
+            part = q + token * (H * D) + slot * D
         elif slot < H + K:
-            part, at = k, token * (K * D) + (slot - H) * D
+            part = k + token * (K * D) + (slot - H) * D
         else:
-            part, at = v, token * (K * D) + (slot - H - K) * D
+            part = v + token * (K * D) + (slot - H - K) * D
         if slot >= H + K:
             if BACKWARD:
-                tl.store(dqkv + source + j, tl.load(part + at + j, mask=ok), mask=ok)
+                tl.store(dsource + j, tl.load(part + j, mask=ok), mask=ok)
             else:
-                tl.store(part + at + j, tl.load(qkv + source + j, mask=ok), mask=ok)
+                tl.store(part + j, tl.load(source + j, mask=ok), mask=ok)
         else:
-            partner = tl.where(j < HALF, j + HALF, tl.where(j < 2 * HALF, j - HALF, j))[None, :]
-            turn = (token % T) * HALF + tl.where(j < HALF, j, j - HALF)[None, :]
-            rotated = ok & (j < 2 * HALF)[None, :]
-            c = tl.load(cos + turn, mask=rotated, other=1.0)
-            s = tl.load(sin + turn, mask=rotated, other=0.0) * tl.where(j < HALF, 1.0, -1.0)[None, :]
-            x = tl.load(qkv + source + j, mask=ok, other=0.0).to(tl.float32)
-            y = tl.load(qkv + source + partner, mask=ok, other=0.0).to(tl.float32)
+            rest = ok & (j >= 2 * HALF)
+            c = tl.load(cos + (row % T)[:, None] * HALF + i, mask=turned, other=0.0)
+            s = tl.load(sin + (row % T)[:, None] * HALF + i, mask=turned, other=0.0)
+            x = tl.load(source + j, mask=ok, other=0.0).to(tl.float32)
+            a = tl.load(source + i, mask=turned, other=0.0).to(tl.float32)
+            b = tl.load(source + HALF + i, mask=turned, other=0.0).to(tl.float32)
             scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-            x, y = x * scale, y * scale
-            amount = 1.0
+            amount = scale
             if slot < H:
-                amount = tl.load(gain + slot)
+                amount *= tl.load(gain + slot)
             if BACKWARD:
-                g = tl.load(part + at + j, mask=ok, other=0.0).to(tl.float32)
-                h = tl.load(part + at + partner, mask=ok, other=0.0).to(tl.float32)
+                g = tl.load(part + j, mask=rest, other=0.0).to(tl.float32)
+                ga = tl.load(part + i, mask=turned, other=0.0).to(tl.float32)
+                gb = tl.load(part + HALF + i, mask=turned, other=0.0).to(tl.float32)
+                da, db = ga * c - gb * s, ga * s + gb * c
+                along = (tl.sum(g * x, 1) + tl.sum(a * da + b * db, 1))[:, None] * scale
                 if slot < H:
-                    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-                    tl.store(dgain + row.to(tl.int64) * H + slot, tl.sum(g * (x * c + y * s), 1), mask=row < N)
-                d = amount * (g * c - h * s)
-                d = scale * (d - x * (tl.sum(d * x, 1) / D)[:, None])
-                tl.store(dqkv + source + j, d.to(dqkv.dtype.element_ty), mask=ok)
+                    tl.store(dgain + token * H + slot, along, mask=(row < N)[:, None])
+                along *= scale / D
+                tl.store(dsource + j, (amount * (g - x * along)).to(dqkv.dtype.element_ty), mask=rest)
+                tl.store(dsource + i, (amount * (da - a * along)).to(dqkv.dtype.element_ty), mask=turned)
+                tl.store(dsource + HALF + i, (amount * (db - b * along)).to(dqkv.dtype.element_ty), mask=turned)
             else:
-                tl.store(part + at + j, (amount * (x * c + y * s)).to(part.dtype.element_ty), mask=ok)
+                tl.store(part + j, (amount * x).to(q.dtype.element_ty), mask=rest)
+                tl.store(part + i, (amount * (a * c + b * s)).to(q.dtype.element_ty), mask=turned)
+                tl.store(part + HALF + i, (amount * (b * c - a * s)).to(q.dtype.element_ty), mask=turned)
 
     def launch_qkv_heads(qkv, gain, cos, sin, kv_heads, q, k, v, dqkv, dgain, backward):
-        n, heads, d = qkv.shape[0] * qkv.shape[1], len(gain), q.shape[-1]
-        block = 64
-        qkv_heads_kernel[(triton.cdiv(n, block), heads + 2 * kv_heads)](
+        n, heads, d, half = qkv.shape[0] * qkv.shape[1], len(gain), q.shape[-1], cos.shape[1]
+        block, warps = QKV_BLOCKS[backward]
+        qkv_heads_kernel[(triton.cdiv(n, block) * (heads + 2 * kv_heads),)](
             qkv, gain, cos, sin, q, k, v, dqkv, dgain, n, qkv.shape[1], NORM_EPS, H=heads, K=kv_heads, D=d,
-            WIDE=triton.next_power_of_2(d), HALF=cos.shape[1], BLOCK=block, BACKWARD=backward, num_warps=4)
+            WIDE=triton.next_power_of_2(d), HALF=half, HALF_WIDE=triton.next_power_of_2(max(half, 1)), BLOCK=block,
+            BACKWARD=backward, num_warps=warps)
 
     def allocate_qkv_heads(qkv, gain, cos, sin, kv_heads):
         B, T, width = qkv.shape
@@ -1369,7 +1376,7 @@ if triton is not None:
     def gated_heads_kernel(y, v, z, out, dy, dv, dz, N, scale, factor, G: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
                            WIDE: tl.constexpr, XSA: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
         """BLOCK tokens of one key/value group per program. Backward reads the gradient of the output in `out`."""
-        token, group = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64), tl.program_id(1)
+        token, group = (tl.program_id(0) // K * BLOCK + tl.arange(0, BLOCK)).to(tl.int64), tl.program_id(0) % K
         j = tl.arange(0, WIDE)[None, :]
         ok = (token < N)[:, None] & (j < D)
         at_v = token[:, None] * (K * D) + group * D + j
@@ -1404,10 +1411,10 @@ if triton is not None:
 
     def launch_gated_heads(y, v, z, xsa, scale, factor, out, dy, dv, dz, backward):
         B, T, H, d = y.shape
-        block, kv = 32, v.shape[2]
-        gated_heads_kernel[(triton.cdiv(B * T, block), kv)](
+        (block, warps), kv = GATED_BLOCKS[backward], v.shape[2]
+        gated_heads_kernel[(triton.cdiv(B * T, block) * kv,)](
             y, v, z, out, dy, dv, dz, B * T, scale, factor, G=H // kv, K=kv, D=d, WIDE=triton.next_power_of_2(d), XSA=xsa,
-            BLOCK=block, BACKWARD=backward, num_warps=4)
+            BLOCK=block, BACKWARD=backward, num_warps=warps)
 
     gated_heads_forward = fused_op(
         "gated_heads(Tensor y, Tensor v, Tensor z, bool xsa, float scale, float factor) -> Tensor",
