@@ -1269,7 +1269,7 @@ def qkv_heads_reference(qkv: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor, k
     return q, rotate(norm(k), cos, sin), v.contiguous()
 
 
-QKV_BLOCKS, GATED_BLOCKS = ((64, 4), (64, 4)), ((32, 4), (32, 4))       # tokens and warps of a program, forward and backward
+QKV_BLOCKS, GATED_BLOCKS = ((32, 4), (32, 4)), ((32, 4), (16, 4))       # tokens and warps of a program, forward and backward
 
 if triton is not None:
     @triton.jit
