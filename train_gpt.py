@@ -1675,6 +1675,9 @@ class LoRA(NamedTuple):
     b: Tensor
     scale: float
 
+    def rows_times(self, scale_O: Tensor) -> LoRA:
+        return self._replace(b=self.b * scale_O[:, None])
+
     def __call__(self, x_BTI: Tensor, y_BTO: Tensor | None = None) -> Tensor:
         low, up = torch.bmm(x_BTI, self.a.to(x_BTI.dtype).mT), self.b.to(x_BTI.dtype).mT
         return torch.bmm(low, up) * self.scale if y_BTO is None else torch.baddbmm(y_BTO, low, up, alpha=self.scale)
@@ -1706,13 +1709,13 @@ class Past(NamedTuple):
 class Layer(NamedTuple):
     """One layer's tensors, matrices in the compute precision, and the skip that enters this pass (or None)."""
     qkv: Tensor             # [(H + 2K) d, D]: one product for queries, keys and values
-    o: Tensor               # [D, D]
+    o: Tensor               # [D, D], its rows times attn_scale: the scale's gradient then needs no pass over activations
     up: Tensor              # [M, D]
-    down: Tensor            # [D, M]
+    down: Tensor            # [D, M], its rows times mlp_scale
     q_gain: Tensor          # [H]
     gate: Tensor | None     # [H, window or D]
-    attn_scale: Tensor      # [D]
-    mlp_scale: Tensor       # [D]
+    attn_scale: Tensor      # [D]: for adapters beside o
+    mlp_scale: Tensor       # [D]: for adapters beside down
     mix: Tensor             # [2, D]: of the stream and of x0
     depth_scale: Tensor     # []
     lane_keep: Tensor | None    # [2]: what each lane keeps of itself
@@ -1856,7 +1859,7 @@ class PassShape(NamedTuple):
 
 def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: PassAdapters, tap,
               past: Past | None = None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Gated, document-masked attention of the normed input n [B, T, D] -> [B, T, D], output projection included.
+    """Gated, document-masked attention of the normed input n [B, T, D] -> [B, T, D], output projection and scale included.
 
     With a past: the positions before these are read from it; also returns these positions' keys and values.
     """
@@ -1882,16 +1885,18 @@ def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: Pa
         tap("attn", n)
         tap("attn.proj", y)
     out = linear(y, w.o)
-    return out if adapter.o is None else adapter.o(n, out), None if past is None else (k, v)
+    if adapter.o is not None:
+        out = adapter.o.rows_times(w.attn_scale)(n, out)
+    return out, None if past is None else (k, v)
 
 
 def mlp(n: Tensor, w: Layer, adapter: PassAdapters, tap) -> Tensor:
-    """leaky_relu(n Up^T, 0.5)^2 Down^T."""
+    """leaky_relu(n Up^T, 0.5)^2 Down^T, times mlp_scale."""
     out, hidden = leaky_mlp(n, w.up, w.down)
     if tap:
         tap("mlp.fc", n)
         tap("mlp.proj", hidden)
-    return out if adapter.mlp is None else adapter.mlp(n, out)
+    return out if adapter.mlp is None else adapter.mlp.rows_times(w.mlp_scale)(n, out)
 
 
 NO_ADAPTERS = PassAdapters()
@@ -1911,11 +1916,10 @@ def block(x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip | None, w: Laye
     u = (w.mix[0] * x + w.mix[1] * x0).to(dtype)
     n = norm(u) * w.depth_scale
     att, fresh = attention(n, w, segments, rope, shape, adapter, tap, past)
-    att = w.attn_scale * att
     if shape.kind == "sequential":
         h = (u + att).to(dtype)
-        return (h + w.mlp_scale * mlp(norm(h) * w.depth_scale, w, adapter, tap)).to(dtype), None, fresh
-    out = w.mlp_scale * mlp(norm(u if shape.kind == "parallel" else lane) * w.depth_scale, w, adapter, tap)
+        return (h + mlp(norm(h) * w.depth_scale, w, adapter, tap)).to(dtype), None, fresh
+    out = mlp(norm(u if shape.kind == "parallel" else lane) * w.depth_scale, w, adapter, tap)
     if shape.kind == "parallel":
         return (u + att + out).to(dtype), None, fresh
     keep, add = w.lane_keep, w.lane_add
@@ -2023,9 +2027,9 @@ class GPT(nn.Module):
         L = self.config.num_layers
         split = lambda p: (None,) * L if p is None else p.unbind(0)
         cast = lambda bank: bank.to(self.dtype)
-        qo, kv = cast(self.qo_bank), cast(self.kv_bank)
-        rows = zip(torch.cat((qo[:L], kv[:L], kv[L:]), 1).unbind(0), qo[L:].unbind(0),
-                   cast(self.mlp_up_bank).unbind(0), cast(self.mlp_down_bank).unbind(0),
+        (q, o), (k, v) = self.qo_bank.chunk(2), cast(self.kv_bank).chunk(2)
+        rows = zip(torch.cat((cast(q), k, v), 1).unbind(0), cast(o * self.attn_scale[:, :, None]).unbind(0),
+                   cast(self.mlp_up_bank).unbind(0), cast(self.mlp_down_bank * self.mlp_scale[:, :, None]).unbind(0),
                    *map(split, (self.q_gain, self.attn_gate_w, self.attn_scale, self.mlp_scale, self.resid_mix,
                                 self.depth_scale, self.parallel_resid_lambdas, self.parallel_post_lambdas)))
         return [Layer(*row) for row in rows]
