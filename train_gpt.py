@@ -1508,11 +1508,14 @@ if triton is not None:
                 out.store([row, column + HALF], square_leaky(right, SHIFT).to(out.dtype))
 
     def launch_leaky_mlp(a_MK, b, hidden_MN, out_MN, backward, tiling):
-        """Tensors reach the kernel as descriptors (TMA on Hopper, pointers before it): rows of multiples of 16 bytes."""
+        """Tensors reach the kernel as descriptors for TMA (Hopper and later): rows of multiples of 16 bytes."""
         (m, n), k, size = out_MN.shape, a_MK.shape[1], a_MK.element_size()
         rows, columns, depth = tiling.rows, tiling.columns * 2 // size, 128 // size
         cut = lambda t, *shape: TensorDescriptor.from_tensor(t, list(shape))
-        processors = torch.cuda.get_device_properties(a_MK.device).multi_processor_count if a_MK.is_cuda else 1
+        chip = torch.cuda.get_device_properties(a_MK.device) if a_MK.is_cuda else None
+        if chip and chip.major < 9:
+            raise RuntimeError("no TMA: tiles through pointers would be slower than cuBLAS")
+        processors = chip.multi_processor_count if chip else 1
         leaky_mlp_kernel[(min(processors * tiling.programs, triton.cdiv(m, rows) * triton.cdiv(n, columns)),)](
             cut(a_MK, rows, depth), cut(b, depth, columns) if backward else cut(b, columns, depth), hidden_MN,
             cut(out_MN, rows, columns // 2), m, n, k, ROWS=rows, COLUMNS=columns, DEPTH=depth, SHIFT=32 - 8 * size,
