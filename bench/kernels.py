@@ -10,6 +10,7 @@ must move. Settings come from the environment as for train_gpt.py.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as t  # noqa: E402
-from bench.step import ceilings, median_ms  # noqa: E402
+from bench.step import ceilings, documents, median_ms  # noqa: E402
 
 CALLS = 10      # back to back in one measurement: launches of the next hide behind the last
 
@@ -153,6 +154,33 @@ def gated_plain(backward, compiled=True):
     return call
 
 
+def attention_inputs(c, tokens, device):
+    """q, k, v and the gradient, documents as in training."""
+    segments = t.to_device(documents(tokens, 0, c.vocab_size, c.train_seq_len), device).segments
+    q, k, v, grad = (random(1, tokens, heads, c.head_dim, device=device) for heads in (c.num_heads, *[c.num_kv_heads] * 2, c.num_heads))
+    return q, k, v, grad, segments, c
+
+
+def attention_way(expand: bool):
+    """Forward and backward; expand: keys and values repeated for every query head beforehand, outside the clock."""
+    widen = functools.cache(lambda x, copies: x.repeat_interleave(copies, 2))
+
+    def call(q, k, v, grad, segments, c):
+        attend = t.ATTENTION[t.choose_attention(c, q.device)]
+        if expand:
+            k, v = (widen(x, q.shape[2] // x.shape[2]) for x in (k, v))
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = attend(*leaves, segments)
+        return (out.detach(), *torch.autograd.grad(out, leaves, grad)[:1])
+    return call
+
+
+def exact_attention(q, k, v, grad, segments, c):
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    out = t.attend_sdpa(*leaves, segments)
+    return (out.detach(), *torch.autograd.grad(out, leaves, grad.double())[:1])
+
+
 def jobs() -> dict[str, Job]:
     """Names start with the kernel's."""
     square = torch.compile(lambda x: F.leaky_relu(x, 0.5).square())
@@ -184,6 +212,8 @@ def jobs() -> dict[str, Job]:
         "gated_heads backward": Job(gated_inputs, exactly(gated_plain(True, False)),
                                     {"compiled": gated_plain(True), **{str(x): gated_way(x, True) for x in BLOCKS}},
                                     lambda c, n: 0.0, lambda c, n: 2.0 * n * (3 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim),
+        "attention forward+backward": Job(attention_inputs, exact_attention, {
+            "grouped": attention_way(False), "keys and values for every head": attention_way(True)}, lambda c, n: 0.0, lambda c, n: 0.0),
     }
 
 
