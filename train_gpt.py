@@ -1553,6 +1553,43 @@ def leaky_mlp(n_BTD: Tensor, up_MD: Tensor, down_DM: Tensor) -> tuple[Tensor, Te
     return out.view(n_BTD.shape), hidden.view(*n_BTD.shape[:-1], -1)
 
 
+def add_all_reference(*parts: Tensor) -> Tensor:
+    """Sum of tensors of one shape, rounded once."""
+    return functools.reduce(torch.add, (t.float() for t in parts)).to(parts[0].dtype)
+
+
+if triton is not None:
+    @triton.jit
+    def add_all_kernel(parts, out, N, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for i in tl.static_range(COUNT):
+            total += tl.load(parts[i] + at, mask=at < N, other=0.0).to(tl.float32)
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=at < N)
+
+
+@kernel(add_all_reference, lambda c, device: (torch.ones(64, c.model_dim, dtype=torch.bfloat16, device=device),) * 3)
+def add_all(*parts: Tensor) -> Tensor:
+    """One pass over memory (Triton)."""
+    parts = tuple(t.contiguous() for t in parts)
+    out = torch.empty_like(parts[0])
+    add_all_kernel[(triton.cdiv(out.numel(), 1024),)](parts, out, out.numel(), COUNT=len(parts), BLOCK=1024)
+    return out
+
+
+class Shared(torch.autograd.Function):
+    """A tensor for `count` readers, whose gradients are added at once and not one by one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, count: int) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(x.view_as(x) for _ in range(count))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return add_all(*(g for g in grads if g is not None)), None
+
+
 TRELLIS_CODES = {       # states -> parity-check polynomials h0, h1 (Ungerboeck 1982, one-dimensional modulation)
     1: (0o1, 0o0), 4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24)}
 TRELLIS_BLOCK = 128         # columns between two decisions
@@ -2053,7 +2090,7 @@ class GPT(nn.Module):
         flexible(ids_BT, *(t for lora in adapters_of(adapters) for t in lora[:2]))
         x = (self.embed if compiled else embed)(ids_BT, self.tok_emb, self.smear_gate, self.smear_lambda, self.dtype,
                                                 segments.fresh if segments else None)
-        x0 = x = x[:, 1:] if start else x
+        x = x[:, 1:] if start else x
         layers, lane, skips = self.layers(), None, []
         length = x.shape[1]
         if cache:
@@ -2061,16 +2098,17 @@ class GPT(nn.Module):
         else:
             rope = self.rope(length, (segments.window or segments.longest) if segments else length)
         order, encoder = c.pass_order(c.num_loops if loops is None else loops)
+        x, *x0 = Shared.apply(x, len(order) + 1) if x.requires_grad else [x] * (len(order) + 1)
         weights = self.skip_weights.unbind(0) if skips is not None and self.skip_weights is not None else ()
         gates = self.skip_gates.unbind(0) if self.skip_gates is not None else (None,) * len(weights)
         for slot, i in enumerate(order):
             past = cache.read(slot) if cache else None
-            flexible(x, x0, lane, *rope, *(past[:2] if past else ()))
+            flexible(x, x0[slot], lane, *rope, *(past[:2] if past else ()))
             k = slot - encoder
             skip = Skip(skips.pop(), weights[k], gates[k]) if k >= 0 and skips else None
             if lane is None and self.shapes[i].kind == "lanes":
                 lane = x
-            x, lane, fresh = run(x, lane, x0, skip, layers[i], segments, rope, self.shapes[i],
+            x, lane, fresh = run(x, lane, x0[slot], skip, layers[i], segments, rope, self.shapes[i],
                                  adapters.passes[slot] if adapters else NO_ADAPTERS,
                                  (lambda role, value, i=i: tap(f"blocks.{i}.{role}", value)) if tap else None,
                                  past)

@@ -15,9 +15,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -237,6 +238,11 @@ def probe(name: str, way: str) -> tuple[bool, str]:
     return done.returncode == 0, lines[-1][:150]
 
 
+def repeatedly(call: Callable, inputs: tuple):
+    for _ in range(CALLS):
+        call(*inputs)
+
+
 def report(name: str, job: Job, c: t.Config, tokens: int, repeats: int, device, probes: dict) -> list[dict]:
     """Time the ways that passed, in turns; print and return a row for each."""
     inputs = job.inputs(c, tokens, device)
@@ -244,7 +250,7 @@ def report(name: str, job: Job, c: t.Config, tokens: int, repeats: int, device, 
     for repeat in range(repeats + 1):
         for way in list(times):
             try:
-                ms = median_ms(lambda: [job.ways[way](*inputs) for _ in range(CALLS)] and None, 1) / CALLS
+                ms = median_ms(functools.partial(repeatedly, job.ways[way], inputs), 1) / CALLS
             except Exception as e:          # out of memory or resources at the real size
                 times.pop(way)
                 probes[name, way] = False, f"{type(e).__name__}: {str(e).splitlines()[0][:120]}"

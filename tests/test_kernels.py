@@ -162,6 +162,14 @@ def check_mlp(function, device, dtype, tolerance):
             near(a.grad, b.grad, tolerance, f"d{name}")
 
 
+def check_add(function, device, dtype, tolerance):
+    for count, shape in ((1, (5,)), (3, (2, 3, 7)), (17, (1025, 3))):
+        g = torch.Generator().manual_seed(5)
+        parts = [torch.randn(shape, generator=g).to(dtype).to(device) for _ in range(count)]
+        poison(device)
+        near(function(*parts), sum(t.double().cpu() for t in parts), tolerance)
+
+
 def trellis_float64(w, u, step, shrink, state, states):
     """Viterbi for one row, every survivor a plain list: errors of the best path and its last state."""
     nexts = tg.trellis_next(states)
@@ -203,7 +211,7 @@ def check_trellis(function, device, dtype, tolerance):
 
 
 CHECKS = {"softcap_ce": check_softcap, "qkv_heads": check_heads, "gated_heads": check_gated, "leaky_mlp": check_mlp,
-          "trellis_block": check_trellis}
+          "add_all": check_add, "trellis_block": check_trellis}
 
 
 def test_every_kernel_has_a_check():
