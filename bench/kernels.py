@@ -265,8 +265,8 @@ def report(name: str, job: Job, c: t.Config, tokens: int, repeats: int, device, 
             print(f"{way:36} failed: {line}")
             continue
         ms = float(np.median(times[way]))
-        print(f"{way:36} {ms:8.4f} {min(times[way]):8.4f} {job.flops(c, tokens) / ms / 1e9:8.0f} {job.bytes(c, tokens) / ms / 1e9:6.2f}  {line}",
-              flush=True)
+        rates = f"{job.flops(c, tokens) / ms / 1e9:8.0f} {job.bytes(c, tokens) / ms / 1e9:6.2f}"
+        print(f"{way:36} {ms:8.4f} {min(times[way]):8.4f} {rates}  {line}", flush=True)
         rows.append({"job": name, "way": way, "ms": ms, "min_ms": min(times[way]), "errors": line})
     return rows
 
