@@ -1476,11 +1476,10 @@ if triton is not None:
         return tl.sqrt(h) * (2 - 3 * (h.to(tl.int32, bitcast=True) >> SHIFT & 1)).to(tl.float32)
 
     @triton.jit
-    def leaky_mlp_kernel(a, b, hidden, out, M, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-                         SHIFT: tl.constexpr, BACKWARD: tl.constexpr, FLATTEN: tl.constexpr):
+    def leaky_mlp_kernel(a, b, hidden, out, M, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr,
+                         DEPTH: tl.constexpr, SHIFT: tl.constexpr, BACKWARD: tl.constexpr, FLATTEN: tl.constexpr):
         """Persistent product of a [M, K] with b^T (b [N, K]; backward: b [K, N]), its epilogue in half tiles. Forward
         stores square_leaky of it; backward stores it times the slope that `hidden` tells, loaded early where that fits."""
-        HALF: tl.constexpr = COLUMNS // 2
         across = tl.cdiv(N, COLUMNS)
         for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS) * across, tl.num_programs(0), flatten=FLATTEN):
             row, column = tile // across * ROWS, tile % across * COLUMNS
@@ -1518,8 +1517,8 @@ if triton is not None:
         processors = chip.multi_processor_count if chip else 1
         leaky_mlp_kernel[(min(processors * tiling.programs, triton.cdiv(m, rows) * triton.cdiv(n, columns)),)](
             cut(a_MK, rows, depth), cut(b, depth, columns) if backward else cut(b, columns, depth), hidden_MN,
-            cut(out_MN, rows, columns // 2), m, n, k, ROWS=rows, COLUMNS=columns, DEPTH=depth, SHIFT=32 - 8 * size,
-            BACKWARD=backward, FLATTEN=tiling.flatten, num_warps=tiling.warps, num_stages=tiling.stages,
+            cut(out_MN, rows, columns // 2), m, n, k, ROWS=rows, COLUMNS=columns, HALF=columns // 2, DEPTH=depth,
+            SHIFT=32 - 8 * size, BACKWARD=backward, FLATTEN=tiling.flatten, num_warps=tiling.warps, num_stages=tiling.stages,
             maxnreg=min(255, 2048 // (tiling.warps * tiling.programs)))
 
     def run_leaky_mlp(n, up, down, out, hidden):
