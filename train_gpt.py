@@ -1180,6 +1180,7 @@ def select_kernels(config: Config):
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:                 # a CPU install has none: the references serve
     triton = tl = None
 
@@ -1271,59 +1272,66 @@ def qkv_heads_reference(qkv: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor, k
     return q, rotate(norm(k), cos, sin), v.contiguous()
 
 
+QKV_BLOCKS, GATED_BLOCKS = ((8, 1), (32, 4)), ((16, 4), (16, 4))       # tokens and warps of a program, forward and backward
+
 if triton is not None:
     @triton.jit
     def qkv_heads_kernel(qkv, gain, cos, sin, q, k, v, dqkv, dgain, N, T, eps, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
-                         WIDE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
+                         WIDE: tl.constexpr, HALF: tl.constexpr, HALF_WIDE: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
         """BLOCK tokens of one head per program. Forward fills q, k, v; backward reads their gradients there and fills
-        dqkv and each token's share of dgain."""
-        token, slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
-        j = tl.arange(0, WIDE)
-        ok = (token < N)[:, None] & (j < D)[None, :]
-        token = token.to(tl.int64)[:, None]
-        source = token * ((H + 2 * K) * D) + slot * D
+        dqkv and each token's share of dgain. The rotated halves a and b have tiles of their own: all accesses are vectors."""
+        slot, row = tl.program_id(0) % (H + 2 * K), tl.program_id(0) // (H + 2 * K) * BLOCK + tl.arange(0, BLOCK)
+        i, j = tl.arange(0, HALF_WIDE)[None, :], tl.arange(0, WIDE)[None, :]
+        token = row.to(tl.int64)[:, None]
+        ok, turned = (row < N)[:, None] & (j < D), (row < N)[:, None] & (i < HALF)
+        source = qkv + token * ((H + 2 * K) * D) + slot * D
+        dsource = dqkv + token * ((H + 2 * K) * D) + slot * D
         if slot < H:
-            part, at = q, token * (H * D) + slot * D
+            part = q + token * (H * D) + slot * D
         elif slot < H + K:
-            part, at = k, token * (K * D) + (slot - H) * D
+            part = k + token * (K * D) + (slot - H) * D
         else:
-            part, at = v, token * (K * D) + (slot - H - K) * D
+            part = v + token * (K * D) + (slot - H - K) * D
         if slot >= H + K:
             if BACKWARD:
-                tl.store(dqkv + source + j, tl.load(part + at + j, mask=ok), mask=ok)
+                tl.store(dsource + j, tl.load(part + j, mask=ok), mask=ok)
             else:
-                tl.store(part + at + j, tl.load(qkv + source + j, mask=ok), mask=ok)
+                tl.store(part + j, tl.load(source + j, mask=ok), mask=ok)
         else:
-            partner = tl.where(j < HALF, j + HALF, tl.where(j < 2 * HALF, j - HALF, j))[None, :]
-            turn = (token % T) * HALF + tl.where(j < HALF, j, j - HALF)[None, :]
-            rotated = ok & (j < 2 * HALF)[None, :]
-            c = tl.load(cos + turn, mask=rotated, other=1.0)
-            s = tl.load(sin + turn, mask=rotated, other=0.0) * tl.where(j < HALF, 1.0, -1.0)[None, :]
-            x = tl.load(qkv + source + j, mask=ok, other=0.0).to(tl.float32)
-            y = tl.load(qkv + source + partner, mask=ok, other=0.0).to(tl.float32)
+            rest = ok & (j >= 2 * HALF)
+            c = tl.load(cos + (row % T)[:, None] * HALF + i, mask=turned, other=0.0)
+            s = tl.load(sin + (row % T)[:, None] * HALF + i, mask=turned, other=0.0)
+            x = tl.load(source + j, mask=ok, other=0.0).to(tl.float32)
+            a = tl.load(source + i, mask=turned, other=0.0).to(tl.float32)
+            b = tl.load(source + HALF + i, mask=turned, other=0.0).to(tl.float32)
             scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-            x, y = x * scale, y * scale
-            amount = 1.0
+            amount = scale
             if slot < H:
-                amount = tl.load(gain + slot)
+                amount *= tl.load(gain + slot)
             if BACKWARD:
-                g = tl.load(part + at + j, mask=ok, other=0.0).to(tl.float32)
-                h = tl.load(part + at + partner, mask=ok, other=0.0).to(tl.float32)
+                g = tl.load(part + j, mask=rest, other=0.0).to(tl.float32)
+                ga = tl.load(part + i, mask=turned, other=0.0).to(tl.float32)
+                gb = tl.load(part + HALF + i, mask=turned, other=0.0).to(tl.float32)
+                da, db = ga * c - gb * s, ga * s + gb * c
+                along = (tl.sum(g * x, 1) + tl.sum(a * da + b * db, 1))[:, None] * scale
                 if slot < H:
-                    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-                    tl.store(dgain + row.to(tl.int64) * H + slot, tl.sum(g * (x * c + y * s), 1), mask=row < N)
-                d = amount * (g * c - h * s)
-                d = scale * (d - x * (tl.sum(d * x, 1) / D)[:, None])
-                tl.store(dqkv + source + j, d.to(dqkv.dtype.element_ty), mask=ok)
+                    tl.store(dgain + token * H + slot, along, mask=(row < N)[:, None])
+                along *= scale / D
+                tl.store(dsource + j, (amount * (g - x * along)).to(dqkv.dtype.element_ty), mask=rest)
+                tl.store(dsource + i, (amount * (da - a * along)).to(dqkv.dtype.element_ty), mask=turned)
+                tl.store(dsource + HALF + i, (amount * (db - b * along)).to(dqkv.dtype.element_ty), mask=turned)
             else:
-                tl.store(part + at + j, (amount * (x * c + y * s)).to(part.dtype.element_ty), mask=ok)
+                tl.store(part + j, (amount * x).to(q.dtype.element_ty), mask=rest)
+                tl.store(part + i, (amount * (a * c + b * s)).to(q.dtype.element_ty), mask=turned)
+                tl.store(part + HALF + i, (amount * (b * c - a * s)).to(q.dtype.element_ty), mask=turned)
 
     def launch_qkv_heads(qkv, gain, cos, sin, kv_heads, q, k, v, dqkv, dgain, backward):
-        n, heads, d = qkv.shape[0] * qkv.shape[1], len(gain), q.shape[-1]
-        block = 64
-        qkv_heads_kernel[(triton.cdiv(n, block), heads + 2 * kv_heads)](
+        n, heads, d, half = qkv.shape[0] * qkv.shape[1], len(gain), q.shape[-1], cos.shape[1]
+        block, warps = QKV_BLOCKS[backward]
+        qkv_heads_kernel[(triton.cdiv(n, block) * (heads + 2 * kv_heads),)](
             qkv, gain, cos, sin, q, k, v, dqkv, dgain, n, qkv.shape[1], NORM_EPS, H=heads, K=kv_heads, D=d,
-            WIDE=triton.next_power_of_2(d), HALF=cos.shape[1], BLOCK=block, BACKWARD=backward, num_warps=4)
+            WIDE=triton.next_power_of_2(d), HALF=half, HALF_WIDE=triton.next_power_of_2(max(half, 1)), BLOCK=block,
+            BACKWARD=backward, num_warps=warps)
 
     def allocate_qkv_heads(qkv, gain, cos, sin, kv_heads):
         B, T, width = qkv.shape
@@ -1371,7 +1379,7 @@ if triton is not None:
     def gated_heads_kernel(y, v, z, out, dy, dv, dz, N, scale, factor, G: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
                            WIDE: tl.constexpr, XSA: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
         """BLOCK tokens of one key/value group per program. Backward reads the gradient of the output in `out`."""
-        token, group = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64), tl.program_id(1)
+        token, group = (tl.program_id(0) // K * BLOCK + tl.arange(0, BLOCK)).to(tl.int64), tl.program_id(0) % K
         j = tl.arange(0, WIDE)[None, :]
         ok = (token < N)[:, None] & (j < D)
         at_v = token[:, None] * (K * D) + group * D + j
@@ -1406,10 +1414,10 @@ if triton is not None:
 
     def launch_gated_heads(y, v, z, xsa, scale, factor, out, dy, dv, dz, backward):
         B, T, H, d = y.shape
-        block, kv = 32, v.shape[2]
-        gated_heads_kernel[(triton.cdiv(B * T, block), kv)](
+        (block, warps), kv = GATED_BLOCKS[backward], v.shape[2]
+        gated_heads_kernel[(triton.cdiv(B * T, block) * kv,)](
             y, v, z, out, dy, dv, dz, B * T, scale, factor, G=H // kv, K=kv, D=d, WIDE=triton.next_power_of_2(d), XSA=xsa,
-            BLOCK=block, BACKWARD=backward, num_warps=4)
+            BLOCK=block, BACKWARD=backward, num_warps=warps)
 
     gated_heads_forward = fused_op(
         "gated_heads(Tensor y, Tensor v, Tensor z, bool xsa, float scale, float factor) -> Tensor",
@@ -1436,6 +1444,153 @@ if triton is not None:
 def gated_heads(y_BTHd: Tensor, v_BTKd: Tensor, z_BTH: Tensor, xsa: bool, scale: float, factor: float) -> Tensor:
     """XSA and head gate in one kernel, all their gradients in another (Triton)."""
     return gated_heads_forward(y_BTHd.contiguous(), v_BTKd.contiguous(), z_BTH.contiguous(), xsa, scale, factor)
+
+
+def leaky_mlp_reference(n_BTD: Tensor, up_MD: Tensor, down_DM: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden = leaky_relu(n Up^T, 0.5)^2 [B, T, M] -> hidden Down^T [B, T, D], and hidden (no gradient enters there)."""
+    hidden = F.leaky_relu(F.linear(n_BTD, up_MD), 0.5).square()
+    return F.linear(hidden, down_DM), hidden.detach()
+
+
+class Tiling(NamedTuple):
+    """How a matrix product is cut: rows and 16-bit columns of a tile, pipeline stages, warps, programs per processor."""
+    rows: int
+    columns: int
+    stages: int
+    warps: int
+    programs: int = 1
+    flatten: bool = True        # one loop over tiles and depth: the next tile's loads run during the epilogue
+
+
+MLP_FORWARD, MLP_BACKWARD = Tiling(128, 128, 3, 4, 2), Tiling(128, 128, 3, 4, 2, flatten=False)
+
+if triton is not None:
+    @triton.jit
+    def square_leaky(x, SHIFT: tl.constexpr):
+        """leaky_relu(x, 0.5)^2, rounded to a 16- or 32-bit float whose lowest bit is the sign of x."""
+        sign = (x < 0).to(tl.int32) << SHIFT
+        bits = (x * x * tl.where(x < 0, 0.25, 1.0)).to(tl.int32, bitcast=True) - sign + (1 << SHIFT)
+        return (bits & -(2 << SHIFT) | sign).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def square_leaky_slope(hidden, SHIFT: tl.constexpr):
+        """Derivative at x, read off square_leaky(x): 2 x = 2 sqrt(hidden), or x / 2 = -sqrt(hidden) where the sign is set."""
+        h = hidden.to(tl.float32)
+        return tl.sqrt(h) * (2 - 3 * (h.to(tl.int32, bitcast=True) >> SHIFT & 1)).to(tl.float32)
+
+    @triton.jit
+    def leaky_mlp_kernel(a, b, hidden, out, M, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr,
+                         DEPTH: tl.constexpr, SHIFT: tl.constexpr, BACKWARD: tl.constexpr, FLATTEN: tl.constexpr):
+        """Persistent product of a [M, K] with b^T (b [N, K]; backward: b [K, N]), its epilogue in half tiles. Forward
+        stores square_leaky of it; backward stores it times the slope that `hidden` tells, loaded early where that fits."""
+        across = tl.cdiv(N, COLUMNS)
+        for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS) * across, tl.num_programs(0), flatten=FLATTEN):
+            row, column = tile // across * ROWS, tile % across * COLUMNS
+            i, j = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, HALF)[None, :]
+            at = hidden + i.to(tl.int64) * N + j
+            if BACKWARD and not FLATTEN:
+                h_left = tl.load(at, mask=(i < M) & (j < N), other=0.0)
+                h_right = tl.load(at + HALF, mask=(i < M) & (j + HALF < N), other=0.0)
+            total = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for k in range(0, K, DEPTH):
+                if BACKWARD:
+                    y = b.load([k, column])
+                else:
+                    y = b.load([column, k]).T
+                total = tl.dot(a.load([row, k]), y, total, input_precision="ieee")
+            left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, HALF)), (0, 2, 1)))
+            if BACKWARD:
+                if FLATTEN:
+                    h_left = tl.load(at, mask=(i < M) & (j < N), other=0.0)
+                    h_right = tl.load(at + HALF, mask=(i < M) & (j + HALF < N), other=0.0)
+                out.store([row, column], (left * square_leaky_slope(h_left, SHIFT)).to(out.dtype))
+                out.store([row, column + HALF], (right * square_leaky_slope(h_right, SHIFT)).to(out.dtype))
+            else:
+                out.store([row, column], square_leaky(left, SHIFT).to(out.dtype))
+                out.store([row, column + HALF], square_leaky(right, SHIFT).to(out.dtype))
+
+    def launch_leaky_mlp(a_MK, b, hidden_MN, out_MN, backward, tiling):
+        """Tensors reach the kernel as descriptors for TMA (Hopper and later): rows of multiples of 16 bytes."""
+        (m, n), k, size = out_MN.shape, a_MK.shape[1], a_MK.element_size()
+        rows, columns, depth = tiling.rows, tiling.columns * 2 // size, 128 // size
+        cut = lambda t, *shape: TensorDescriptor.from_tensor(t, list(shape))
+        chip = torch.cuda.get_device_properties(a_MK.device) if a_MK.is_cuda else None
+        if chip and chip.major < 9:
+            raise RuntimeError("no TMA: tiles through pointers would be slower than cuBLAS")
+        processors = chip.multi_processor_count if chip else 1
+        leaky_mlp_kernel[(min(processors * tiling.programs, triton.cdiv(m, rows) * triton.cdiv(n, columns)),)](
+            cut(a_MK, rows, depth), cut(b, depth, columns) if backward else cut(b, columns, depth), hidden_MN,
+            cut(out_MN, rows, columns // 2), m, n, k, ROWS=rows, COLUMNS=columns, HALF=columns // 2, DEPTH=depth,
+            SHIFT=32 - 8 * size, BACKWARD=backward, FLATTEN=tiling.flatten, num_warps=tiling.warps, num_stages=tiling.stages,
+            maxnreg=min(255, 2048 // (tiling.warps * tiling.programs)))
+
+    def run_leaky_mlp(n, up, down, out, hidden):
+        launch_leaky_mlp(n, up, hidden, hidden, False, MLP_FORWARD)
+        torch.mm(hidden, down.T, out=out)
+
+    leaky_mlp_forward = fused_op("leaky_mlp(Tensor n, Tensor up, Tensor down) -> (Tensor, Tensor)",
+                                 lambda n, up, down: (torch.empty_like(n), n.new_empty(len(n), len(up))), run_leaky_mlp)
+    leaky_mlp_backward = fused_op(
+        "leaky_mlp_backward(Tensor grad, Tensor down, Tensor hidden) -> Tensor", lambda g, down, hidden: torch.empty_like(hidden),
+        lambda g, down, hidden, out: launch_leaky_mlp(g, down, hidden, out, True, MLP_BACKWARD))
+
+    def save_leaky_mlp(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, output[1])
+
+    def grad_leaky_mlp(ctx, grad, _):
+        n, up, down, hidden = ctx.saved_tensors
+        grad = grad.contiguous()
+        before = leaky_mlp_backward(grad, down, hidden)
+        wanted = zip(ctx.needs_input_grad, ((before, up), (before.T, n), (grad.T, hidden)))
+        return tuple(a @ b if needed else None for needed, (a, b) in wanted)
+
+    leaky_mlp_forward.register_autograd(grad_leaky_mlp, setup_context=save_leaky_mlp)
+
+
+@kernel(leaky_mlp_reference, lambda c, device: tuple(torch.ones(shape, dtype=torch.bfloat16, device=device) for shape in (
+    (1, 64, c.model_dim), (c.mlp_dim, c.model_dim), (c.model_dim, c.mlp_dim))))
+def leaky_mlp(n_BTD: Tensor, up_MD: Tensor, down_DM: Tensor) -> tuple[Tensor, Tensor]:
+    """Activation and its gradient inside the matrix products (Triton); only hidden is kept for the backward pass."""
+    out, hidden = leaky_mlp_forward(n_BTD.flatten(0, -2).contiguous(), up_MD.contiguous(), down_DM.contiguous())
+    return out.view(n_BTD.shape), hidden.view(*n_BTD.shape[:-1], -1)
+
+
+def add_all_reference(*parts: Tensor) -> Tensor:
+    """Sum of tensors of one shape, rounded once."""
+    return functools.reduce(torch.add, (t.float() for t in parts)).to(parts[0].dtype)
+
+
+if triton is not None:
+    @triton.jit
+    def add_all_kernel(parts, out, N, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for i in tl.static_range(COUNT):
+            total += tl.load(parts[i] + at, mask=at < N, other=0.0).to(tl.float32)
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=at < N)
+
+
+@kernel(add_all_reference, lambda c, device: (torch.ones(64, c.model_dim, dtype=torch.bfloat16, device=device),) * 3)
+def add_all(*parts: Tensor) -> Tensor:
+    """One pass over memory (Triton)."""
+    parts = tuple(t.contiguous() for t in parts)
+    out = torch.empty_like(parts[0])
+    add_all_kernel[(triton.cdiv(out.numel(), 1024),)](parts, out, out.numel(), COUNT=len(parts), BLOCK=1024)
+    return out
+
+
+class Shared(torch.autograd.Function):
+    """A tensor for `count` readers, whose gradients are added at once and not one by one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, count: int) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(x.view_as(x) for _ in range(count))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return add_all(*(g for g in grads if g is not None)), None
 
 
 def past_attention_reference(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, keys_BPKd: Tensor, values_BPKd: Tensor,
@@ -1579,11 +1734,6 @@ def blend_reference(x: Tensor, y: Tensor, x_weight_D: Tensor | None, y_weight_D:
     return ((x if x_weight_D is None else x_weight_D * x) + y_weight_D * y).to(x.dtype)
 
 
-def leaky_square_reference(x: Tensor) -> Tensor:
-    """leaky_relu(x, 0.5)^2."""
-    return F.leaky_relu(x, 0.5).square()
-
-
 if triton is not None:
     @triton.jit
     def blend_kernel(x, y, x_weight, y_weight, out, dx, dy, N, D: tl.constexpr, WEIGHED: tl.constexpr, BACKWARD: tl.constexpr,
@@ -1601,17 +1751,6 @@ if triton is not None:
         else:
             total = a * tl.load(x + i, mask=ok, other=0.0).to(tl.float32) + b * tl.load(y + i, mask=ok, other=0.0).to(tl.float32)
             tl.store(out + i, total.to(out.dtype.element_ty), mask=ok)
-
-    @triton.jit
-    def leaky_square_kernel(x, out, dx, N, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        z = tl.load(x + i, mask=i < N, other=0.0).to(tl.float32)
-        slope = tl.where(z > 0, 1.0, 0.5)
-        if BACKWARD:
-            g = tl.load(out + i, mask=i < N, other=0.0).to(tl.float32)
-            tl.store(dx + i, (2 * slope * slope * z * g).to(dx.dtype.element_ty), mask=i < N)
-        else:
-            tl.store(out + i, (slope * slope * z * z).to(out.dtype.element_ty), mask=i < N)
 
     class Blend(torch.autograd.Function):
         @staticmethod
@@ -1637,20 +1776,6 @@ if triton is not None:
             summed = lambda i, t: (grad.float() * t).flatten(0, -2).sum(0) if ctx.needs_input_grad[i] else None
             return dx, dy, summed(2, x), summed(3, y)
 
-    class LeakySquare(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            out = torch.empty_like(x)
-            leaky_square_kernel[(triton.cdiv(x.numel(), 1024),)](x, out, x, x.numel(), BACKWARD=False, BLOCK=1024)
-            return out
-
-        @staticmethod
-        def backward(ctx, grad):
-            x, = ctx.saved_tensors
-            dx, grad = torch.empty_like(x), grad.contiguous()
-            leaky_square_kernel[(triton.cdiv(x.numel(), 1024),)](x, grad, dx, x.numel(), BACKWARD=True, BLOCK=1024)
-            return dx
 
 
 @kernel(blend_reference, lambda c, device: (
@@ -1659,12 +1784,6 @@ if triton is not None:
 def blend(x: Tensor, y: Tensor, x_weight_D: Tensor | None, y_weight_D: Tensor) -> Tensor:
     """One kernel, and one for the gradients of x and y (Triton)."""
     return Blend.apply(x.contiguous(), y.contiguous(), x_weight_D, y_weight_D)
-
-
-@kernel(leaky_square_reference, lambda c, device: (torch.ones(1, 64, c.mlp_dim, dtype=torch.bfloat16, device=device),), eager=True)
-def leaky_square(x: Tensor) -> Tensor:
-    """One kernel, and one for its gradient (Triton)."""
-    return LeakySquare.apply(x.contiguous())
 
 
 @torch.no_grad()
@@ -1834,6 +1953,9 @@ class LoRA(NamedTuple):
     b: Tensor
     scale: float
 
+    def rows_times(self, scale_O: Tensor) -> LoRA:
+        return self._replace(b=self.b * scale_O.to(self.b.dtype)[:, None])
+
     def __call__(self, x_BTI: Tensor, y_BTO: Tensor | None = None) -> Tensor:
         low, up = torch.bmm(x_BTI, self.a.to(x_BTI.dtype).mT), self.b.to(x_BTI.dtype).mT
         return torch.bmm(low, up) * self.scale if y_BTO is None else torch.baddbmm(y_BTO, low, up, alpha=self.scale)
@@ -1867,13 +1989,13 @@ class Past(NamedTuple):
 class Layer(NamedTuple):
     """One layer's tensors, matrices in the compute precision, and the skip that enters this pass (or None)."""
     qkv: Tensor             # [(H + 2K) d, D]: one product for queries, keys and values
-    o: Tensor               # [D, D]
+    o: Tensor               # [D, D], its rows times attn_scale: the scale's gradient then needs no pass over activations
     up: Tensor              # [M, D]
-    down: Tensor            # [D, M]
+    down: Tensor            # [D, M], its rows times mlp_scale
     q_gain: Tensor          # [H]
     gate: Tensor | None     # [H, window or D]
-    attn_scale: Tensor      # [D]
-    mlp_scale: Tensor       # [D]
+    attn_scale: Tensor      # [D]: for adapters beside o
+    mlp_scale: Tensor       # [D]: for adapters beside down
     mix: Tensor             # [2, D]: of the stream and of x0
     depth_scale: Tensor     # []
     lane_keep: Tensor | None    # [2]: what each lane keeps of itself
@@ -2016,7 +2138,7 @@ class PassShape(NamedTuple):
 
 def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: PassAdapters, tap,
               past: Past | None = None) -> Tensor:
-    """Gated, document-masked attention of the normed input n [B, T, D] -> [B, T, D], output projection included.
+    """Gated, document-masked attention of the normed input n [B, T, D] -> [B, T, D], output projection and scale included.
 
     With a past: the positions before these are read from it; these positions' keys and values are written there.
     """
@@ -2043,17 +2165,16 @@ def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: Pa
         tap("attn", n)
         tap("attn.proj", y)
     out = linear(y, w.o)
-    return out if adapter.o is None else adapter.o(n, out)
+    return out if adapter.o is None else adapter.o.rows_times(w.attn_scale)(n, out)
 
 
 def mlp(n: Tensor, w: Layer, adapter: PassAdapters, tap) -> Tensor:
-    """leaky_relu(n Up^T, 0.5)^2 Down^T."""
-    hidden = leaky_square(linear(n, w.up))
+    """leaky_relu(n Up^T, 0.5)^2 Down^T, times mlp_scale."""
+    out, hidden = leaky_mlp(n, w.up, w.down)
     if tap:
         tap("mlp.fc", n)
         tap("mlp.proj", hidden)
-    out = linear(hidden, w.down)
-    return out if adapter.mlp is None else adapter.mlp(n, out)
+    return out if adapter.mlp is None else adapter.mlp.rows_times(w.mlp_scale)(n, out)
 
 
 NO_ADAPTERS = PassAdapters()
@@ -2074,10 +2195,9 @@ def block(x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip | None, w: Laye
     n = norm(u) * w.depth_scale
     att = attention(n, w, segments, rope, shape, adapter, tap, past)
     if shape.kind == "sequential":
-        h = blend(u, att, None, w.attn_scale)
-        return blend(h, mlp(norm(h) * w.depth_scale, w, adapter, tap), None, w.mlp_scale), None
-    att = w.attn_scale * att
-    out = w.mlp_scale * mlp(norm(u if shape.kind == "parallel" else lane) * w.depth_scale, w, adapter, tap)
+        h = (u + att).to(dtype)
+        return (h + mlp(norm(h) * w.depth_scale, w, adapter, tap)).to(dtype), None
+    out = mlp(norm(u if shape.kind == "parallel" else lane) * w.depth_scale, w, adapter, tap)
     if shape.kind == "parallel":
         return (u + att + out).to(dtype), None
     keep, add = w.lane_keep, w.lane_add
@@ -2185,9 +2305,9 @@ class GPT(nn.Module):
         L = self.config.num_layers
         split = lambda p: (None,) * L if p is None else p.unbind(0)
         cast = lambda bank: bank.to(self.dtype)
-        qo, kv = cast(self.qo_bank), cast(self.kv_bank)
-        rows = zip(torch.cat((qo[:L], kv[:L], kv[L:]), 1).unbind(0), qo[L:].unbind(0),
-                   cast(self.mlp_up_bank).unbind(0), cast(self.mlp_down_bank).unbind(0),
+        (q, o), (k, v) = self.qo_bank.chunk(2), cast(self.kv_bank).chunk(2)
+        rows = zip(torch.cat((cast(q), k, v), 1).unbind(0), cast(o * self.attn_scale[:, :, None]).unbind(0),
+                   cast(self.mlp_up_bank).unbind(0), cast(self.mlp_down_bank * self.mlp_scale[:, :, None]).unbind(0),
                    *map(split, (self.q_gain, self.attn_gate_w, self.attn_scale, self.mlp_scale, self.resid_mix,
                                 self.depth_scale, self.parallel_resid_lambdas, self.parallel_post_lambdas)))
         return [Layer(*row) for row in rows]
@@ -2207,7 +2327,7 @@ class GPT(nn.Module):
         flexible(ids_BT, *(t for lora in adapters_of(adapters) for t in lora[:2]))
         fresh = cache.positions(ids_BT.shape[1]) == 1 if cache else segments.fresh if segments else None
         x = (self.embed if compiled else embed)(ids_BT, self.tok_emb, self.smear_gate, self.smear_lambda, self.dtype, fresh)
-        x0 = x = x[:, 1:].contiguous() if cache else x
+        x = x[:, 1:].contiguous() if cache else x
         layers, lane, skips = self.layers(), None, []
         length = x.shape[1]
         if cache:
@@ -2216,15 +2336,16 @@ class GPT(nn.Module):
         else:
             rope = self.rope(length, (segments.window or segments.longest) if segments else length)
         order, encoder = c.pass_order(c.num_loops if loops is None else loops)
+        x, *x0 = Shared.apply(x, len(order) + 1) if x.requires_grad else [x] * (len(order) + 1)
         weights = self.skip_weights.unbind(0) if skips is not None and self.skip_weights is not None else ()
         gates = self.skip_gates.unbind(0) if self.skip_gates is not None else (None,) * len(weights)
         for slot, i in enumerate(order):
-            flexible(x, x0, lane, *rope)
+            flexible(x, x0[slot], lane, *rope)
             k = slot - encoder
             skip = Skip(skips.pop(), weights[k], gates[k]) if k >= 0 and skips else None
             if lane is None and self.shapes[i].kind == "lanes":
                 lane = x
-            x, lane = run(x, lane, x0, skip, layers[i], segments, rope, self.shapes[i],
+            x, lane = run(x, lane, x0[slot], skip, layers[i], segments, rope, self.shapes[i],
                           adapters.passes[slot] if adapters else NO_ADAPTERS,
                           (lambda role, value, i=i: tap(f"blocks.{i}.{role}", value)) if tap else None,
                           cache.past(slot, len(x), at) if cache else None)

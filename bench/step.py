@@ -80,8 +80,8 @@ def flops_per_token(c: t.Config, loops: int, longest: float = 760.0) -> float:
     return 6 * (passes * layer + c.vocab_size * d) + 3 * passes * attention
 
 
-def kernel_table(call) -> list[tuple[str, float, int]]:
-    """Device milliseconds and launches of one call() by purpose, largest first, then the ten largest kernels."""
+def kernel_table(call, top: int = 80) -> list[tuple[str, float, int]]:
+    """Device milliseconds and launches of one call() by purpose, largest first, then the `top` largest kernels."""
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CUDA]) as prof:
         call()
@@ -97,7 +97,7 @@ def kernel_table(call) -> list[tuple[str, float, int]]:
         total[0] += ms
         total[1] += event.count
         rows.append((event.key[:100], ms, event.count))
-    return [(name, *values) for name, values in sorted(groups.items(), key=lambda kv: -kv[1][0])] + sorted(rows, key=lambda r: -r[1])[:24]
+    return [(name, *values) for name, values in sorted(groups.items(), key=lambda kv: -kv[1][0])] + sorted(rows, key=lambda r: -r[1])[:top]
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ import train_gpt as tg
 # Odd sizes everywhere: no power of two, one row, vocabularies above and below one block of the kernel.
 SOFTCAP_CASES = [(1, 2, 30.0), (5, 384, 30.0), (3, 1000, 2.0), (7, 127, 30.0), (2, 8193, 30.0)]
 HEADS_CASES = [(1, 3, 4, 2, 8, 2), (2, 37, 4, 4, 16, 8), (1, 65, 6, 1, 24, 4), (1, 5, 2, 1, 8, 0)]       # B, T, H, K, d, half
+MLP_CASES = [(1, 1, 8, 16), (3, 43, 24, 40), (1, 150, 136, 272), (2, 65, 72, 520)]     # B, T, D, M: multiples of 16 bytes
 GATED_CASES = [(1, 3, 4, 2, 8), (2, 37, 4, 4, 16), (1, 65, 6, 1, 24), (1, 33, 2, 1, 64)]
 # B, T, H, K, d, position, window, spare room in the ring
 PAST_CASES = [(2, 7, 4, 2, 8, 0, 20, 3), (1, 37, 4, 2, 16, 50, 21, 0), (1, 5, 2, 2, 64, 90, 300, 9), (2, 33, 6, 2, 24, 200, 70, 0),
@@ -195,19 +196,6 @@ def check_blend(function, device, dtype, tolerance):
                 near(a.grad, b.grad, tolerance, "gradient")
 
 
-def check_leaky_square(function, device, dtype, tolerance):
-    for shape in ((1, 1, 1), (2, 37, 48), (3, 700)):
-        g = torch.Generator().manual_seed(6)
-        x, grad = (torch.randn(shape, generator=g).to(dtype) for _ in "xg")
-        z = x.double()
-        leaf = x.to(device).requires_grad_()
-        poison(device)
-        out = function(leaf)
-        near(out, torch.where(z > 0, z, z / 2) ** 2, tolerance, "out")
-        out.backward(grad.to(device))
-        near(leaf.grad, grad.double() * torch.where(z > 0, 2 * z, z / 2), tolerance, "gradient")
-
-
 def check_adamw(function, device, dtype, tolerance):
     """Three steps of torch.optim.AdamW in float64; the copy of the weights in the gradient's precision."""
     for shape, beta1 in (((1, 5), 0.0), ((3, 700), 0.9), ((2, 1024), 0.0)):
@@ -224,6 +212,40 @@ def check_adamw(function, device, dtype, tolerance):
             function(weights, low, gradient.to(device), first, second, step, 0.01, beta1, 0.99, 0.5)
         near(weights, exact.detach(), 2e-5, "weights")
         near(low, exact.detach(), tolerance, "low")
+
+
+def mlp_float64(n, up, down):
+    x = n @ up.T
+    hidden = torch.where(x > 0, x, 0.5 * x) ** 2
+    return hidden @ down.T, hidden
+
+
+def check_mlp(function, device, dtype, tolerance):
+    for B, T, D, M in MLP_CASES:
+        g = torch.Generator().manual_seed(4)
+        inputs = [(torch.randn(*shape, generator=g) / shape[-1] ** 0.5).to(dtype).to(device) for shape in ((B, T, D), (M, D), (D, M))]
+        inputs[0].view(-1, D)[-1] = 0           # a row of zeros: neither sign
+        exact = [t.double().cpu().requires_grad_() for t in inputs]
+        expected = mlp_float64(*exact)
+        leaves = [t.requires_grad_() for t in inputs]
+        poison(device)
+        out = function(*leaves)
+        assert not out[1].requires_grad
+        for a, b, name in zip(out, expected, ("out", "hidden")):
+            near(a, b.detach(), tolerance, name)
+        grad = torch.randn(out[0].shape, generator=g).to(dtype)
+        out[0].backward(grad.to(device))
+        expected[0].backward(grad.double())
+        for a, b, name in zip(leaves, exact, ("n", "up", "down")):
+            near(a.grad, b.grad, tolerance, f"d{name}")
+
+
+def check_add(function, device, dtype, tolerance):
+    for count, shape in ((1, (5,)), (3, (2, 3, 7)), (17, (1025, 3))):
+        g = torch.Generator().manual_seed(5)
+        parts = [torch.randn(shape, generator=g).to(dtype).to(device) for _ in range(count)]
+        poison(device)
+        near(function(*parts), sum(t.double().cpu() for t in parts), tolerance)
 
 
 def trellis_float64(w, u, step, shrink, state, states):
@@ -266,8 +288,9 @@ def check_trellis(function, device, dtype, tolerance):
                 assert int(last[n, r]) == end
 
 
-CHECKS = {"softcap_ce": check_softcap, "qkv_heads": check_heads, "gated_heads": check_gated, "past_attention": check_past,
-          "blend": check_blend, "leaky_square": check_leaky_square, "adamw": check_adamw, "trellis_block": check_trellis}
+CHECKS = {"softcap_ce": check_softcap, "qkv_heads": check_heads, "gated_heads": check_gated, "leaky_mlp": check_mlp,
+          "add_all": check_add, "past_attention": check_past, "blend": check_blend, "adamw": check_adamw,
+          "trellis_block": check_trellis}
 
 
 def test_every_kernel_has_a_check():
