@@ -1274,6 +1274,20 @@ QKV_BLOCKS, GATED_BLOCKS = ((32, 4), (32, 4)), ((32, 4), (16, 4))       # tokens
 
 if triton is not None:
     @triton.jit
+    def copy_values(source, part, own, dsource, ok, D: tl.constexpr, COPIES: tl.constexpr, BACKWARD: tl.constexpr):
+        """Forward: a value head to its copies and to `own`. Backward: the sum of all their gradients."""
+        if BACKWARD:
+            total = tl.load(own, mask=ok, other=0.0).to(tl.float32)
+            for copy in tl.static_range(COPIES):
+                total += tl.load(part + copy * D, mask=ok, other=0.0).to(tl.float32)
+            tl.store(dsource, total.to(dsource.dtype.element_ty), mask=ok)
+        else:
+            value = tl.load(source, mask=ok)
+            tl.store(own, value, mask=ok)
+            for copy in tl.static_range(COPIES):
+                tl.store(part + copy * D, value, mask=ok)
+
+    @triton.jit
     def qkv_heads_kernel(qkv, gain, cos, sin, q, k, v, own, dqkv, dgain, N, T, eps, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
                          WIDE: tl.constexpr, HALF: tl.constexpr, HALF_WIDE: tl.constexpr, BLOCK: tl.constexpr, COPIES: tl.constexpr,
                          BACKWARD: tl.constexpr):
@@ -1292,17 +1306,7 @@ if triton is not None:
         else:
             part = v + (token * K + slot - H - K) * (COPIES * D)
         if slot >= H + K:
-            mine = own + (token * K + slot - H - K) * D
-            if BACKWARD:
-                total = tl.load(mine + j, mask=ok, other=0.0).to(tl.float32)
-                for copy in tl.static_range(COPIES):
-                    total += tl.load(part + copy * D + j, mask=ok, other=0.0).to(tl.float32)
-                tl.store(dsource + j, total.to(dqkv.dtype.element_ty), mask=ok)
-            else:
-                value = tl.load(source + j, mask=ok)
-                tl.store(mine + j, value, mask=ok)
-                for copy in tl.static_range(COPIES):
-                    tl.store(part + copy * D + j, value, mask=ok)
+            copy_values(source + j, part + j, own + (token * K + slot - H - K) * D + j, dsource + j, ok, D, COPIES, BACKWARD)
         else:
             rest = ok & (j >= 2 * HALF)
             c = tl.load(cos + (row % T)[:, None] * HALF + i, mask=turned, other=0.0)
