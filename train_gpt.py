@@ -1263,22 +1263,38 @@ def softcap_ce(logits_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
     return softcap_ce_forward(logits_NV.contiguous(), targets_N, cap)[0]
 
 
-def qkv_heads_reference(qkv: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Joint projection [B, T, (H + 2K) d] -> q [B, T, H, d] normed, rotated, times its head's gain; k [B, T, K, d]
-    normed and rotated; v [B, T, K, d]. cos, sin: [T, rotated dimensions / 2] of these positions."""
+def qkv_heads_reference(qkv: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, copies: int) -> tuple[Tensor, ...]:
+    """Joint projection [B, T, (H + 2K) d] -> q [B, T, H, d] normed, rotated, times its head's gain; k [B, T, K copies, d]
+    normed and rotated; v [B, T, K copies, d]; v again [B, T, K, d], for XSA: no sum of its two gradients in between.
+    cos, sin: [T, rotated dimensions / 2] of these positions. copies: of every key and value, side by side."""
     B, T, _ = qkv.shape
     q, k, v = qkv.view(B, T, len(gain_H) + 2 * kv_heads, -1).split((len(gain_H), kv_heads, kv_heads), 2)
     q = (rotate(norm(q), cos, sin).float() * gain_H[:, None]).to(qkv.dtype)
-    return q, rotate(norm(k), cos, sin), v.contiguous()
+    return q, rotate(norm(k), cos, sin).repeat_interleave(copies, 2), v.repeat_interleave(copies, 2), v.contiguous()
 
 
 QKV_BLOCKS, GATED_BLOCKS = ((8, 1), (32, 4)), ((16, 4), (16, 4))       # tokens and warps of a program, forward and backward
 
 if triton is not None:
     @triton.jit
-    def qkv_heads_kernel(qkv, gain, cos, sin, q, k, v, dqkv, dgain, N, T, eps, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
-                         WIDE: tl.constexpr, HALF: tl.constexpr, HALF_WIDE: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
-        """BLOCK tokens of one head per program. Forward fills q, k, v; backward reads their gradients there and fills
+    def copy_values(source, part, own, dsource, ok, D: tl.constexpr, COPIES: tl.constexpr, BACKWARD: tl.constexpr):
+        """Forward: a value head to its copies and to `own`. Backward: the sum of all their gradients."""
+        if BACKWARD:
+            total = tl.load(own, mask=ok, other=0.0).to(tl.float32)
+            for copy in tl.static_range(COPIES):
+                total += tl.load(part + copy * D, mask=ok, other=0.0).to(tl.float32)
+            tl.store(dsource, total.to(dsource.dtype.element_ty), mask=ok)
+        else:
+            value = tl.load(source, mask=ok)
+            tl.store(own, value, mask=ok)
+            for copy in tl.static_range(COPIES):
+                tl.store(part + copy * D, value, mask=ok)
+
+    @triton.jit
+    def qkv_heads_kernel(qkv, gain, cos, sin, q, k, v, own, dqkv, dgain, N, T, eps, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+                         WIDE: tl.constexpr, HALF: tl.constexpr, HALF_WIDE: tl.constexpr, BLOCK: tl.constexpr, COPIES: tl.constexpr,
+                         BACKWARD: tl.constexpr):
+        """BLOCK tokens of one head per program. Forward fills q, k, v, own; backward reads their gradients there and fills
         dqkv and each token's share of dgain. The rotated halves a and b have tiles of their own: all accesses are vectors."""
         slot, row = tl.program_id(0) % (H + 2 * K), tl.program_id(0) // (H + 2 * K) * BLOCK + tl.arange(0, BLOCK)
         i, j = tl.arange(0, HALF_WIDE)[None, :], tl.arange(0, WIDE)[None, :]
@@ -1289,14 +1305,11 @@ if triton is not None:
         if slot < H:
             part = q + token * (H * D) + slot * D
         elif slot < H + K:
-            part = k + token * (K * D) + (slot - H) * D
+            part = k + (token * K + slot - H) * (COPIES * D)
         else:
-            part = v + token * (K * D) + (slot - H - K) * D
+            part = v + (token * K + slot - H - K) * (COPIES * D)
         if slot >= H + K:
-            if BACKWARD:
-                tl.store(dsource + j, tl.load(part + j, mask=ok), mask=ok)
-            else:
-                tl.store(part + j, tl.load(source + j, mask=ok), mask=ok)
+            copy_values(source + j, part + j, own + (token * K + slot - H - K) * D + j, dsource + j, ok, D, COPIES, BACKWARD)
         else:
             rest = ok & (j >= 2 * HALF)
             c = tl.load(cos + (row % T)[:, None] * HALF + i, mask=turned, other=0.0)
@@ -1309,9 +1322,12 @@ if triton is not None:
             if slot < H:
                 amount *= tl.load(gain + slot)
             if BACKWARD:
-                g = tl.load(part + j, mask=rest, other=0.0).to(tl.float32)
-                ga = tl.load(part + i, mask=turned, other=0.0).to(tl.float32)
-                gb = tl.load(part + HALF + i, mask=turned, other=0.0).to(tl.float32)
+                g, ga, gb = tl.zeros_like(x), tl.zeros_like(a), tl.zeros_like(b)
+                for copy in tl.static_range(COPIES):
+                    if slot >= (H if copy > 0 else 0):
+                        g += tl.load(part + copy * D + j, mask=rest, other=0.0).to(tl.float32)
+                        ga += tl.load(part + copy * D + i, mask=turned, other=0.0).to(tl.float32)
+                        gb += tl.load(part + copy * D + HALF + i, mask=turned, other=0.0).to(tl.float32)
                 da, db = ga * c - gb * s, ga * s + gb * c
                 along = (tl.sum(g * x, 1) + tl.sum(a * da + b * db, 1))[:, None] * scale
                 if slot < H:
@@ -1321,51 +1337,53 @@ if triton is not None:
                 tl.store(dsource + i, (amount * (da - a * along)).to(dqkv.dtype.element_ty), mask=turned)
                 tl.store(dsource + HALF + i, (amount * (db - b * along)).to(dqkv.dtype.element_ty), mask=turned)
             else:
-                tl.store(part + j, (amount * x).to(q.dtype.element_ty), mask=rest)
-                tl.store(part + i, (amount * (a * c + b * s)).to(q.dtype.element_ty), mask=turned)
-                tl.store(part + HALF + i, (amount * (b * c - a * s)).to(q.dtype.element_ty), mask=turned)
+                for copy in tl.static_range(COPIES):
+                    if slot >= (H if copy > 0 else 0):
+                        tl.store(part + copy * D + j, (amount * x).to(q.dtype.element_ty), mask=rest)
+                        tl.store(part + copy * D + i, (amount * (a * c + b * s)).to(q.dtype.element_ty), mask=turned)
+                        tl.store(part + copy * D + HALF + i, (amount * (b * c - a * s)).to(q.dtype.element_ty), mask=turned)
 
-    def launch_qkv_heads(qkv, gain, cos, sin, kv_heads, q, k, v, dqkv, dgain, backward):
+    def launch_qkv_heads(qkv, gain, cos, sin, kv_heads, copies, q, k, v, own, dqkv, dgain, backward):
         n, heads, d, half = qkv.shape[0] * qkv.shape[1], len(gain), q.shape[-1], cos.shape[1]
         block, warps = QKV_BLOCKS[backward]
         qkv_heads_kernel[(triton.cdiv(n, block) * (heads + 2 * kv_heads),)](
-            qkv, gain, cos, sin, q, k, v, dqkv, dgain, n, qkv.shape[1], NORM_EPS, H=heads, K=kv_heads, D=d,
+            qkv, gain, cos, sin, q, k, v, own, dqkv, dgain, n, qkv.shape[1], NORM_EPS, H=heads, K=kv_heads, D=d,
             WIDE=triton.next_power_of_2(d), HALF=half, HALF_WIDE=triton.next_power_of_2(max(half, 1)), BLOCK=block,
-            BACKWARD=backward, num_warps=warps)
+            COPIES=copies, BACKWARD=backward, num_warps=warps)
 
-    def allocate_qkv_heads(qkv, gain, cos, sin, kv_heads):
+    def allocate_qkv_heads(qkv, gain, cos, sin, kv_heads, copies):
         B, T, width = qkv.shape
         d = width // (len(gain) + 2 * kv_heads)
-        return tuple(qkv.new_empty(B, T, count, d) for count in (len(gain), kv_heads, kv_heads))
+        return tuple(qkv.new_empty(B, T, count, d) for count in (len(gain), kv_heads * copies, kv_heads * copies, kv_heads))
 
     qkv_heads_forward = fused_op(
-        "qkv_heads(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, int kv_heads) -> (Tensor, Tensor, Tensor)",
-        allocate_qkv_heads,
-        lambda x, gain, cos, sin, kv, q, k, v: launch_qkv_heads(x, gain, cos, sin, kv, q, k, v, x, gain, False))
+        "qkv_heads(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, int kv_heads, int copies) -> (Tensor, Tensor, Tensor, Tensor)",
+        allocate_qkv_heads, lambda x, gain, cos, sin, kv, copies, *outputs: launch_qkv_heads(
+            x, gain, cos, sin, kv, copies, *outputs, x, gain, False))
     qkv_heads_backward = fused_op(
-        "qkv_heads_backward(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, int kv_heads, Tensor dq, Tensor dk, Tensor dv)"
-        " -> (Tensor, Tensor)",
-        lambda x, gain, cos, sin, kv, dq, dk, dv: (torch.empty_like(x), gain.new_empty(x.shape[0] * x.shape[1], len(gain))),
-        lambda x, gain, cos, sin, kv, dq, dk, dv, dx, dgain: launch_qkv_heads(
-            x, gain, cos, sin, kv, dq.contiguous(), dk.contiguous(), dv.contiguous(), dx, dgain, True))
+        "qkv_heads_backward(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, int kv_heads, int copies, Tensor dq, Tensor dk, Tensor dv,"
+        " Tensor dv2) -> (Tensor, Tensor)",
+        lambda x, gain, *_: (torch.empty_like(x), gain.new_empty(x.shape[0] * x.shape[1], len(gain))),
+        lambda x, gain, cos, sin, kv, copies, dq, dk, dv, dv2, dx, dgain: launch_qkv_heads(
+            x, gain, cos, sin, kv, copies, *(g.contiguous() for g in (dq, dk, dv, dv2)), dx, dgain, True))
 
     def save_qkv_heads(ctx, inputs, output):
-        *tensors, ctx.kv_heads = inputs
+        *tensors, ctx.kv_heads, ctx.copies = inputs
         ctx.save_for_backward(*tensors)
 
     def grad_qkv_heads(ctx, *grads):
-        dx, dgain = qkv_heads_backward(*ctx.saved_tensors, ctx.kv_heads, *grads)
-        return dx, dgain.sum(0), None, None, None
+        dx, dgain = qkv_heads_backward(*ctx.saved_tensors, ctx.kv_heads, ctx.copies, *grads)
+        return dx, dgain.sum(0), *[None] * 4
 
     qkv_heads_forward.register_autograd(grad_qkv_heads, setup_context=save_qkv_heads)
 
 
 @kernel(qkv_heads_reference, lambda c, device: (
     torch.ones(1, 64, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, dtype=torch.bfloat16, device=device),
-    torch.ones(c.num_heads, device=device), *rotary_table(64, c, 64, device), c.num_kv_heads))
-def qkv_heads(qkv: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.ones(c.num_heads, device=device), *rotary_table(64, c, 64, device), c.num_kv_heads, c.num_heads // c.num_kv_heads))
+def qkv_heads(qkv: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, copies: int) -> tuple[Tensor, ...]:
     """One kernel for norms, rotary embedding and gain of all heads, and one for their gradients (Triton)."""
-    return qkv_heads_forward(qkv.contiguous(), gain_H, cos, sin, kv_heads)
+    return qkv_heads_forward(qkv.contiguous(), gain_H, cos, sin, kv_heads, copies)
 
 
 def gated_heads_reference(y_BTHd: Tensor, v_BTKd: Tensor, z_BTH: Tensor, xsa: bool, scale: float, factor: float) -> Tensor:
@@ -2130,6 +2148,7 @@ class PassShape(NamedTuple):
     xsa: bool
     heads: int
     kv_heads: int
+    kv_copies: int          # of every key and value head: FA3 adds gradients of grouped heads atomically, in float32, slowly
     gate_kind: str          # "", "sparse", "full", "out_proj", "out_input"
     gate_window: int
     gate_scale: float
@@ -2147,7 +2166,7 @@ def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: Pa
     if adapter.q or adapter.k or adapter.v:
         parts = qkv.split((D, *[(qkv.shape[-1] - D) // 2] * 2), -1)
         qkv = torch.cat([a(n, part) if a else part for a, part in zip(adapter[:3], parts)], -1)
-    q, k, v = qkv_heads(qkv, w.q_gain, *rope, shape.kv_heads)
+    q, k, v, own = qkv_heads(qkv, w.q_gain, *rope, shape.kv_heads, shape.kv_copies if past is None else 1)
     if past is not None:
         past.k.index_copy_(1, past.at, k.detach())
         past.v.index_copy_(1, past.at, v.detach())
@@ -2157,9 +2176,9 @@ def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: Pa
     if w.gate is not None:
         source = qkv if shape.gate_kind == "out_proj" else n
         z = F.linear(source[..., : w.gate.shape[1]], w.gate.to(n.dtype))
-        y = gated_heads(y, v, z, shape.xsa, shape.gate_scale, 2.0 if shape.gate_kind.startswith("out") else 1.0)
+        y = gated_heads(y, own, z, shape.xsa, shape.gate_scale, 2.0 if shape.gate_kind.startswith("out") else 1.0)
     elif shape.xsa:
-        y = remove_own_value(y, v)
+        y = remove_own_value(y, own)
     y = y.reshape(B, T, D)
     if tap:
         tap("attn", n)
@@ -2285,7 +2304,8 @@ class GPT(nn.Module):
         self.register_buffer("depth_scale", torch.tensor(depth), persistent=False)
         self.shapes = [PassShape("lanes" if 0 < c.parallel_start_layer <= i else
                                  "parallel" if 0 <= c.parallel_residual_start <= i else "sequential",
-                                 i >= L - c.xsa_last_n, H, c.num_kv_heads, kind, c.gate_window,
+                                 i >= L - c.xsa_last_n, H, c.num_kv_heads, H // c.num_kv_heads if attention_name == "fa3" else 1,
+                                 kind, c.gate_window,
                                  c.sparse_attn_gate_scale if kind == "sparse" else 1.0, attention_name)
                        for i in range(L)]
         self.to(device)

@@ -105,26 +105,27 @@ def exact_whole(n, up, down, grad, pre, hidden):
 
 def heads_inputs(c, tokens, device):
     H, K, d = c.num_heads, c.num_kv_heads, c.head_dim
-    shapes = ((1, tokens, (H + 2 * K) * d), (1, tokens, H, d), (1, tokens, K, d), (1, tokens, K, d))
-    return (torch.rand(H, device=device) + 1, *t.rotary_table(tokens, c, tokens, device), c.num_kv_heads,
+    shapes = ((1, tokens, (H + 2 * K) * d), *((1, tokens, heads, d) for heads in (H, H, H, K)))
+    return (torch.rand(H, device=device) + 1, *t.rotary_table(tokens, c, tokens, device), c.num_kv_heads, H // K,
             *(random(*shape, device=device) for shape in shapes))
 
 
 def heads_way(blocks, backward):
-    def call(gain, cos, sin, kv, x, dq, dk, dv):
+    def call(gain, cos, sin, kv, copies, x, *grads):
         t.QKV_BLOCKS = (blocks, blocks)
-        return t.qkv_heads_backward(x, gain, cos, sin, kv, dq, dk, dv)[:1] if backward else t.qkv_heads_forward(x, gain, cos, sin, kv)
+        return t.qkv_heads_backward(x, gain, cos, sin, kv, copies, *grads)[:1] if backward else t.qkv_heads_forward(
+            x, gain, cos, sin, kv, copies)
     return call
 
 
 def heads_plain(backward, compiled=True):
     run = torch.compile(t.qkv_heads.reference, fullgraph=True) if compiled else t.qkv_heads.reference
 
-    def call(gain, cos, sin, kv, x, *grads):
+    def call(gain, cos, sin, kv, copies, x, *grads):
         if not backward:
-            return run(x, gain, cos, sin, kv)
+            return run(x, gain, cos, sin, kv, copies)
         x = x.detach().requires_grad_()
-        return torch.autograd.grad(run(x, gain, cos, sin, kv), x, grads)
+        return torch.autograd.grad(run(x, gain, cos, sin, kv, copies), x, grads)
     return call
 
 
@@ -203,10 +204,10 @@ def jobs() -> dict[str, Job]:
                                lambda c, n: 6 * product(c, n), lambda c, n: 0.0),
         "qkv_heads forward": Job(heads_inputs, exactly(heads_plain(False, False)),
                                  {"compiled": heads_plain(False), **{str(x): heads_way(x, False) for x in BLOCKS}},
-                                 lambda c, n: 0.0, lambda c, n: 4.0 * n * width(c)),
+                                 lambda c, n: 0.0, lambda c, n: 4.0 * n * width(c) + 3.0 * n * c.model_dim),
         "qkv_heads backward": Job(heads_inputs, exactly(heads_plain(True, False)),
                                   {"compiled": heads_plain(True), **{str(x): heads_way(x, True) for x in BLOCKS}},
-                                  lambda c, n: 0.0, lambda c, n: 6.0 * n * width(c) - 2.0 * n * c.num_kv_heads * c.head_dim),
+                                  lambda c, n: 0.0, lambda c, n: 6.0 * n * width(c) + 2.0 * n * c.model_dim),
         "gated_heads forward": Job(gated_inputs, exactly(gated_plain(False, False)),
                                    {"compiled": gated_plain(False), **{str(x): gated_way(x, False) for x in BLOCKS}},
                                    lambda c, n: 0.0, lambda c, n: 2.0 * n * (2 * c.num_heads + c.num_kv_heads) * c.head_dim),

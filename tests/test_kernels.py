@@ -77,7 +77,7 @@ def heads_inputs(B, T, H, K, d, half, device, dtype):
     return qkv, (torch.rand(H, generator=g) + 1).to(device), angles.cos().to(device), angles.sin().to(device)
 
 
-def heads_float64(qkv, gain, cos, sin, kv):
+def heads_float64(qkv, gain, cos, sin, kv, copies):
     """The same in torch float64 without any of train_gpt's code (differentiable)."""
     B, T, _ = qkv.shape
     H, half = len(gain), cos.shape[1]
@@ -89,20 +89,20 @@ def heads_float64(qkv, gain, cos, sin, kv):
         c, s = cos.double()[None, :, None], sin.double()[None, :, None]
         return torch.cat((a * c + b * s, b * c - a * s, rest), -1)
 
-    return turned(q) * gain.double()[None, None, :, None], turned(k), v
+    return turned(q) * gain.double()[None, None, :, None], turned(k).repeat_interleave(copies, 2), v.repeat_interleave(copies, 2), v
 
 
 def check_heads(function, device, dtype, tolerance):
-    for B, T, H, K, d, half in HEADS_CASES:
+    for (B, T, H, K, d, half), copies in zip(HEADS_CASES, (1, 2, 3, 2)):
         qkv, gain, cos, sin = heads_inputs(B, T, H, K, d, half, device, dtype)
         exact = [qkv.double().cpu().requires_grad_(), gain.double().cpu().requires_grad_()]
-        expected = heads_float64(*exact, cos.cpu(), sin.cpu(), K)
+        expected = heads_float64(*exact, cos.cpu(), sin.cpu(), K, copies)
         leaves = [qkv.requires_grad_(), gain.requires_grad_()]
         poison(device)
-        out = function(*leaves, cos, sin, K)
+        out = function(*leaves, cos, sin, K, copies)
         g = torch.Generator().manual_seed(2)
         grads = [torch.randn(t.shape, generator=g).to(dtype) for t in expected]
-        for a, b, name in zip(out, expected, "qkv"):
+        for a, b, name in zip(out, expected, ("q", "k", "v", "own")):
             near(a, b.detach(), tolerance, name)
         torch.autograd.backward(out, [x.to(device) for x in grads])
         torch.autograd.backward(expected, [x.double() for x in grads])
