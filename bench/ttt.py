@@ -28,9 +28,9 @@ import torch
 import train_gpt as tg
 
 # chunk, live tokens, learning rate
-GRID = [(48, 48, 3e-4), (24, 24, 2e-4), (24, 24, 1.5e-4), (24, 48, 2e-4), (32, 32, 2e-4), (16, 32, 1.5e-4), (48, 48, 2e-4),
-        (24, 48, 1.5e-4), (16, 48, 1.5e-4), (16, 16, 1.5e-4), (32, 64, 2.5e-4), (24, 24, 2.5e-4), (24, 96, 2e-4), (48, 96, 3e-4),
-        (32, 32, 2.5e-4), (8, 24, 1e-4), (48, 48, 2.5e-4), (64, 64, 3e-4)]
+GRID = [(24, 24, 2e-4), (16, 16, 2e-4), (24, 24, 3e-4), (16, 32, 2e-4), (16, 16, 1.5e-4), (12, 24, 1.5e-4), (24, 48, 2.5e-4),
+        (32, 32, 3e-4), (12, 12, 1.5e-4), (16, 48, 2e-4), (12, 12, 2e-4), (8, 24, 1.5e-4), (24, 24, 1.5e-4), (8, 8, 1e-4),
+        (48, 48, 3e-4), (64, 64, 3e-4)]
 
 
 def arguments():
@@ -52,7 +52,7 @@ def arguments():
     p.add_argument("--floor", type=float, default=60000)
     p.add_argument("--compile", type=int, default=1, help="the published protocol: 0: eager; 1: compiled")
     p.add_argument("--only", choices=("published", "fast"), help="one protocol only")
-    p.add_argument("--seconds", type=float, default=290, help="leave out what is left of the search when it would take longer")
+    p.add_argument("--search-seconds", type=float, default=90, help="begin no new setting of the search after so many seconds of it")
     p.add_argument("--windows", action="store_true", help="also plain evaluation, and with a sliding window")
     p.add_argument("--profile", help="file for a table of the cached protocol's kernels (torch.profiler)")
     p.add_argument("--json", help="file for the result")
@@ -121,7 +121,8 @@ class Bench:
         return score._replace(seconds=score.seconds - self.warm_up)
 
     def published(self, data) -> tg.Score:
-        return self.protocol(data, TTT_PROTOCOL="published", TTT_BATCH_SIZE=self.a.published_batch, TTT_COMPILE=self.a.compile)
+        return self.protocol(data, TTT_PROTOCOL="published", TTT_CHUNK_SIZE=48, TTT_LORA_LR=1e-4, TTT_BATCH_SIZE=self.a.published_batch,
+                             TTT_COMPILE=self.a.compile)
 
     def cached(self, data, chunk, live, lr) -> tg.Score:
         return self.protocol(data, TTT_PROTOCOL="cached", TTT_BATCH_SIZE=self.a.batch, TTT_CHUNK_SIZE=chunk, TTT_LIVE_TOKENS=live,
@@ -188,19 +189,19 @@ def main():
             out.update({f"{name}_bpb": score.bpb, f"{name}_seconds": score.seconds})
     if a.only != "published":
         if a.setting or not a.tune_documents:
-            chunk, live, lr = (a.setting or "48,48,3e-4").split(",")
+            chunk, live, lr = (a.setting or "24,24,2e-4").split(",")
             setting = int(chunk), int(live), float(lr)
         else:
             base, tried = b.plain(tune, windowed=True), []
-            reserve = 2.5 * out["tokens"] / 11700 if a.only != "fast" else 30
+            search_end = b.elapsed() + a.search_seconds
             for candidate in GRID:
-                if b.elapsed() + reserve > a.seconds:           # what both protocols will take
-                    print("search cut short: --seconds", flush=True)
+                if b.elapsed() > search_end:
+                    print("search cut short: --search-seconds", flush=True)
                     break
                 score = b.cached(tune, *candidate)
                 tried.append((score.tokens / score.seconds < a.floor, score.loss, candidate, score.bpb))
                 row("search {}+{} lr {:g}".format(*candidate), score, base)
-            setting = min(tried)[2] if tried else GRID[1]
+            setting = min(tried)[2] if tried else GRID[0]
             out["search"] = [{"chunk": c[0], "live": c[1], "lr": c[2], "bpb": bpb, "fast_enough": not slow} for slow, _, c, bpb in tried]
             out["search_plain_bpb"] = base.bpb
         if a.profile:
