@@ -1241,7 +1241,7 @@ if triton is not None:
 
     softcap_ce_forward = fused_op(
         "softcap_ce(Tensor logits, Tensor targets, float cap) -> (Tensor, Tensor)",
-        lambda x, y, cap: tuple(x.new_empty(len(x), dtype=torch.float32) for _ in range(2)),
+        lambda x, y, cap: tuple(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2)),
         lambda x, y, cap, losses, lse: launch_softcap_ce(x, y, losses, lse, losses, x, cap, False))
     softcap_ce_backward = fused_op(
         "softcap_ce_backward(Tensor logits, Tensor targets, Tensor lse, Tensor grad, float cap) -> Tensor",
@@ -1464,10 +1464,11 @@ def gated_heads(y_BTHd: Tensor, v_BTKd: Tensor, z_BTH: Tensor, xsa: bool, scale:
     return gated_heads_forward(y_BTHd.contiguous(), v_BTKd.contiguous(), z_BTH.contiguous(), xsa, scale, factor)
 
 
-def leaky_mlp_reference(n_BTD: Tensor, up_MD: Tensor, down_DM: Tensor) -> tuple[Tensor, Tensor]:
-    """hidden = leaky_relu(n Up^T, 0.5)^2 [B, T, M] -> hidden Down^T [B, T, D], and hidden (no gradient enters there)."""
+def leaky_mlp_reference(n_BTD: Tensor, up_MD: Tensor, down_DM: Tensor, onto_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
+    """hidden = leaky_relu(n Up^T, 0.5)^2 [B, T, M] -> (onto +) hidden Down^T [B, T, D], and hidden (no gradient enters there)."""
     hidden = F.leaky_relu(F.linear(n_BTD, up_MD), 0.5).square()
-    return F.linear(hidden, down_DM), hidden.detach()
+    out = F.linear(hidden, down_DM)
+    return out if onto_BTD is None else onto_BTD + out, hidden.detach()
 
 
 class Tiling(NamedTuple):
@@ -1542,35 +1543,40 @@ if triton is not None:
             SHIFT=32 - 8 * size, BACKWARD=backward, FLATTEN=tiling.flatten, num_warps=tiling.warps, num_stages=tiling.stages,
             maxnreg=min(255, 2048 // (tiling.warps * tiling.programs)))
 
-    def run_leaky_mlp(n, up, down, out, hidden):
+    def run_leaky_mlp(n, up, down, onto, out, hidden):
         launch_leaky_mlp(n, up, hidden, hidden, False, MLP_FORWARD)
-        torch.mm(hidden, down.T, out=out)
+        if onto is None:
+            torch.mm(hidden, down.T, out=out)
+        else:
+            torch.addmm(onto, hidden, down.T, out=out)
 
-    leaky_mlp_forward = fused_op("leaky_mlp(Tensor n, Tensor up, Tensor down) -> (Tensor, Tensor)",
-                                 lambda n, up, down: (torch.empty_like(n), n.new_empty(len(n), len(up))), run_leaky_mlp)
+    leaky_mlp_forward = fused_op(
+        "leaky_mlp(Tensor n, Tensor up, Tensor down, Tensor? onto) -> (Tensor, Tensor)",
+        lambda n, up, down, onto: (torch.empty_like(n), n.new_empty(n.shape[0], up.shape[0])), run_leaky_mlp)
     leaky_mlp_backward = fused_op(
         "leaky_mlp_backward(Tensor grad, Tensor down, Tensor hidden) -> Tensor", lambda g, down, hidden: torch.empty_like(hidden),
         lambda g, down, hidden, out: launch_leaky_mlp(g, down, hidden, out, True, MLP_BACKWARD))
 
     def save_leaky_mlp(ctx, inputs, output):
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs, output[1])
+        ctx.save_for_backward(*inputs[:3], output[1])
 
     def grad_leaky_mlp(ctx, grad, _):
         n, up, down, hidden = ctx.saved_tensors
         grad = grad.contiguous()
         before = leaky_mlp_backward(grad, down, hidden)
         wanted = zip(ctx.needs_input_grad, ((before, up), (before.T, n), (grad.T, hidden)))
-        return tuple(a @ b if needed else None for needed, (a, b) in wanted)
+        return *(a @ b if needed else None for needed, (a, b) in wanted), grad if ctx.needs_input_grad[3] else None
 
     leaky_mlp_forward.register_autograd(grad_leaky_mlp, setup_context=save_leaky_mlp)
 
 
 @kernel(leaky_mlp_reference, lambda c, device: tuple(torch.ones(shape, dtype=torch.bfloat16, device=device) for shape in (
-    (1, 64, c.model_dim), (c.mlp_dim, c.model_dim), (c.model_dim, c.mlp_dim))))
-def leaky_mlp(n_BTD: Tensor, up_MD: Tensor, down_DM: Tensor) -> tuple[Tensor, Tensor]:
+    (1, 64, c.model_dim), (c.mlp_dim, c.model_dim), (c.model_dim, c.mlp_dim), (1, 64, c.model_dim))))
+def leaky_mlp(n_BTD: Tensor, up_MD: Tensor, down_DM: Tensor, onto_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
     """Activation and its gradient inside the matrix products (Triton); only hidden is kept for the backward pass."""
-    out, hidden = leaky_mlp_forward(n_BTD.flatten(0, -2).contiguous(), up_MD.contiguous(), down_DM.contiguous())
+    flat = lambda t: t.flatten(0, -2).contiguous()
+    out, hidden = leaky_mlp_forward(flat(n_BTD), up_MD.contiguous(), down_DM.contiguous(), None if onto_BTD is None else flat(onto_BTD))
     return out.view(n_BTD.shape), hidden.view(*n_BTD.shape[:-1], -1)
 
 
@@ -2064,6 +2070,11 @@ def remove_own_value(y_BTHd: Tensor, v_BTKd: Tensor) -> Tensor:
     return (y - (y * v).sum(-1, keepdim=True) * v).view(B, T, H, d).to(y_BTHd.dtype)
 
 
+def packed(*tensors_1Tnd: Tensor) -> list[Tensor]:
+    """The one packed row of each. As a view: the gradient of [0] is a copy into zeros."""
+    return [t.squeeze(0) for t in tensors_1Tnd]
+
+
 def attend_fa3(q, k, v, segments: Segments | None, window: int = 0) -> Tensor:
     """FlashAttention 3 (Hopper). q [B, T, H, d], k and v [B, T, K, d] -> [B, T, H, d]."""
     from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
@@ -2073,7 +2084,7 @@ def attend_fa3(q, k, v, segments: Segments | None, window: int = 0) -> Tensor:
         y = flash_attn_func(q, k, v, **limits)
     else:
         cu, longest = segments[:2]
-        y = flash_attn_varlen_func(q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest,
+        y = flash_attn_varlen_func(*packed(q, k, v), cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest,
                                    max_seqlen_k=longest, **limits)[None]
     return y
 
@@ -2091,7 +2102,7 @@ def attend_varlen(q, k, v, segments: Segments | None, window: int = 0) -> Tensor
     elif groups > 1:
         k, v = (t.repeat_interleave(groups, 2) for t in (k, v))
     cu, longest = segments[:2]
-    return varlen_attn(q[0], k[0], v[0], cu, cu, longest, longest, **options)[None]
+    return varlen_attn(*packed(q, k, v), cu, cu, longest, longest, **options)[None]
 
 
 def attend_sdpa(q, k, v, segments: Segments | None, window: int = 0) -> Tensor:
@@ -2187,9 +2198,9 @@ def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: Pa
     return out if adapter.o is None else adapter.o.rows_times(w.attn_scale)(n, out)
 
 
-def mlp(n: Tensor, w: Layer, adapter: PassAdapters, tap) -> Tensor:
-    """leaky_relu(n Up^T, 0.5)^2 Down^T, times mlp_scale."""
-    out, hidden = leaky_mlp(n, w.up, w.down)
+def mlp(n: Tensor, w: Layer, adapter: PassAdapters, tap, onto: Tensor | None = None) -> Tensor:
+    """(onto +) leaky_relu(n Up^T, 0.5)^2 Down^T times mlp_scale."""
+    out, hidden = leaky_mlp(n, w.up, w.down, onto)
     if tap:
         tap("mlp.fc", n)
         tap("mlp.proj", hidden)
@@ -2215,7 +2226,7 @@ def block(x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip | None, w: Laye
     att = attention(n, w, segments, rope, shape, adapter, tap, past)
     if shape.kind == "sequential":
         h = (u + att).to(dtype)
-        return (h + mlp(norm(h) * w.depth_scale, w, adapter, tap)).to(dtype), None
+        return mlp(norm(h) * w.depth_scale, w, adapter, tap, h), None
     out = mlp(norm(u if shape.kind == "parallel" else lane) * w.depth_scale, w, adapter, tap)
     if shape.kind == "parallel":
         return (u + att + out).to(dtype), None
