@@ -1,6 +1,7 @@
 """Time one training step on a GPU: micro-steps with and without loops, optimizer, averaging, loader, compilation.
 
     python bench/step.py [--tokens 98304] [--repeats 20] [--json FILE] [--profile]
+    python bench/step.py --picture step.png before.txt after.txt        # where the time goes, from two outputs with --profile
 
 Settings come from the environment as for train_gpt.py (recipes/*.env). The tokens are random, in documents of about 760
 tokens as in the English shards: shapes and attention work are those of training, and no data is needed. Figures are
@@ -27,7 +28,8 @@ import train_gpt as t  # noqa: E402
 PURPOSES = (
     ("attention", r"flash|fmha|sdpa|attention|FlashAttn"),
     ("loss", r"softcap_ce|cross_entropy|log_softmax"),
-    ("elementwise", r"triton_|mix_kernel|heads_kernel"),
+    ("MLP", r"leaky_mlp"),
+    ("elementwise", r"triton_|heads_kernel|add_all|blend_kernel"),
     ("optimizer", r"multi_tensor|foreach|adam|lerp"),
     ("matmul", r"gemm|cutlass|nvjet|xmma|cublas|splitK|wgmma"),
     ("embedding", r"embedding|indexing|index_put|radix|sort"),
@@ -100,13 +102,48 @@ def kernel_table(call, top: int = 80) -> list[tuple[str, float, int]]:
     return [(name, *values) for name, values in sorted(groups.items(), key=lambda kv: -kv[1][0])] + sorted(rows, key=lambda r: -r[1])[:top]
 
 
+def purposes(path: Path) -> dict[str, float]:
+    """Milliseconds by purpose of the micro-step with loops, from an output with --profile."""
+    part = path.read_text().split("device time by purpose, one micro-step, loops")[-1].split("device time by purpose")[0]
+    rows = re.findall(r"^ +([\d.]+) ms +\d+x  ([A-Za-z ]+)$", part, re.M)
+    known = {name for name, _ in PURPOSES} | {"other"}
+    return {name: float(ms) for ms, name in rows if name in known}
+
+
+def picture(path: Path, logs: list[Path]):
+    """A bar for each output."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    found = [purposes(log) for log in logs]
+    names = sorted(set().union(*found), key=lambda n: -sum(f.get(n, 0) for f in found))
+    figure, axes = plt.subplots(figsize=(8, 1.1 + 0.6 * len(logs)), layout="constrained")
+    left = [0.0] * len(logs)
+    for i, name in enumerate(names):
+        widths = [f.get(name, 0.0) for f in found]
+        bars = axes.barh([log.stem.replace("_", " ") for log in logs], widths, left=left, label=name, color=plt.cm.tab10(i))
+        axes.bar_label(bars, [f"{w:.0f}" if w > 3 else "" for w in widths], label_type="center", color="white")
+        left = [a + b for a, b in zip(left, widths)]
+    axes.invert_yaxis()
+    axes.set_xlabel("ms of GPU time, micro-step of 98,304 tokens with loops")
+    axes.legend(ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=8, columnspacing=1, handlelength=1)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=98304, help="tokens of a micro-step")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", action="store_true", help="print device time by kernel")
+    parser.add_argument("--picture", type=Path, help="draw what the outputs say, and measure nothing")
+    parser.add_argument("logs", type=Path, nargs="*")
     args = parser.parse_args()
+    if args.picture:
+        if not args.logs or not all(log.is_file() and purposes(log) for log in args.logs):
+            parser.error("--picture: expected outputs of bench/step.py --profile")
+        picture(args.picture, args.logs)
+        return 0
     if not torch.cuda.is_available():
         print("error: bench/step.py needs a CUDA GPU", file=sys.stderr)
         return 2
@@ -117,6 +154,7 @@ def main() -> int:
         print(f"error: {e}", file=sys.stderr)
         return e.code
     device = torch.device("cuda")
+    t.drop_broken_kernels(config, device, print)
     torch._dynamo.config.cache_size_limit = 64
     torch._dynamo.config.automatic_dynamic_shapes = False
     world = t.World()
