@@ -4629,62 +4629,79 @@ def compiling(model: GPT, wanted: bool):
         model.compiled = before
 
 
-def train_globally(run: Run, model: GPT, tokens: np.ndarray, documents: np.ndarray, caps: Tensor | None,
-                   out_of_time: Callable[[], bool]):
-    """One SGD pass over documents already scored, on all base weights; every rank calls it and ends with the same weights.
+class GlobalTrainer:
+    """Trains the base weights (and the softcaps) on documents already scored; every rank ends with the same weights.
 
-    Chunks of GLOBAL_TTT_CHUNK_TOKENS in the order of reading, all but the last trained on; the gradient is that of the
-    mean over a step's tokens on all ranks, so the number of ranks does not change the result.
+    On CUDA forward and backward of a step are one graph, whatever the number of ranks: launched one by one, their kernels
+    take longer to launch than to run.
     """
-    c, world, start = run.config, run.world, time.perf_counter()
-    stream = np.concatenate([tokens[a: a + size] for a, size in documents])
-    total, longest = len(stream) - 1, c.eval_seq_len
-    chunks = -(-total // c.global_ttt_chunk_tokens)
-    parameters = [*model.parameters(), *([] if caps is None else [caps])]
-    optimizer = torch.optim.SGD(parameters, lr=c.global_ttt_lr, momentum=c.global_ttt_momentum)
-    for i in range(chunks - 1):
-        first, last = (min((i + j) * c.global_ttt_chunk_tokens, total) for j in (0, 1))
-        lr = c.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * i / max(chunks - 1, 1)))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if world.sum(torch.tensor(float(bool(out_of_time()))), dist.ReduceOp.MAX):
-            run.log(f"ttt_time_limit: global pass stopped at chunk {i + 1}/{chunks}")
-            break
-        for _ in range(c.global_ttt_epochs):
-            for a in range(first, last, c.global_ttt_batch_seqs * longest):
-                b = min(a + c.global_ttt_batch_seqs * longest, last)
-                global_step(run, model, stream, a, b, parameters, caps, optimizer)
-        run.log(f"tttg: c{i + 1}/{chunks} lr:{lr:.6f} t:{time.perf_counter() - start:.1f}s")
 
+    def __init__(self, run: Run, model: GPT, caps: Tensor | None):
+        c = run.config
+        self.run, self.model, self.caps, self.parameters = run, model, caps, [*model.parameters(), *([] if caps is None else [caps])]
+        self.graphs = Graphs(c.ttt_graphs and run.world.device.type == "cuda" and not (c.ttt_compile and model.compiled), run.log)
+        self.batches: dict[tuple, Batch] = {}           # the graphs' inputs
 
-def global_step(run: Run, model: GPT, stream: np.ndarray, a: int, b: int, parameters: list[Tensor], caps: Tensor | None, optimizer):
-    """SGD on the mean loss of the targets of positions [a, b), sequences of them shared out over the ranks.
+    def __call__(self, tokens: np.ndarray, documents: np.ndarray, out_of_time: Callable[[], bool]):
+        """One SGD pass. Chunks of GLOBAL_TTT_CHUNK_TOKENS in the order of reading, all but the last trained on."""
+        run, c, start = self.run, self.run.config, time.perf_counter()
+        stream = np.concatenate([tokens[a: a + size] for a, size in documents])
+        total, longest = len(stream) - 1, c.eval_seq_len
+        chunks = -(-total // c.global_ttt_chunk_tokens)
+        optimizer = torch.optim.SGD(self.parameters, lr=c.global_ttt_lr, momentum=c.global_ttt_momentum)
+        for i in range(chunks - 1):
+            first, last = (min((i + j) * c.global_ttt_chunk_tokens, total) for j in (0, 1))
+            lr = c.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * i / max(chunks - 1, 1)))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if run.world.sum(torch.tensor(float(bool(out_of_time()))), dist.ReduceOp.MAX):
+                run.log(f"ttt_time_limit: global pass stopped at chunk {i + 1}/{chunks}")
+                break
+            for _ in range(c.global_ttt_epochs):
+                for a in range(first, last, c.global_ttt_batch_seqs * longest):
+                    self.step(stream, a, min(a + c.global_ttt_batch_seqs * longest, last), optimizer)
+            run.log(f"tttg: c{i + 1}/{chunks} lr:{lr:.6f} t:{time.perf_counter() - start:.1f}s")
 
-    A segment ends with its sequence and, if documents are respected, its document. The token before a rank's share is
-    read with it (for the SmearGate), so that shares do not matter.
-    """
-    c, world, longest = run.config, run.world, run.config.eval_seq_len
-    sequences = -(-(b - a) // longest)
-    mine = [min(a + longest * (sequences * (world.rank + i) // world.size), b) for i in (0, 1)]
-    optimizer.zero_grad(set_to_none=True)
-    if mine[1] > mine[0]:
-        lead = min(mine[0], 1)
-        row = stream[mine[0] - lead: mine[1] + 1]
-        starts = np.append(np.zeros(lead, np.int64), np.arange(lead, len(row) - 1, longest))
+    def step(self, stream: np.ndarray, a: int, b: int, optimizer: torch.optim.Optimizer):
+        """SGD on the mean loss of the targets of positions [a, b), sequences of them shared out over the ranks: the number of
+        ranks does not change the result."""
+        c, world = self.run.config, self.run.world
+        sequences = -(-(b - a) // c.eval_seq_len)
+        mine = [min(a + c.eval_seq_len * (sequences * (world.rank + i) // world.size), b) for i in (0, 1)]
+        gradient = self.gradient(stream, *mine, b - a) if mine[1] > mine[0] else [None] * len(self.parameters)
+        for p, g in zip(self.parameters, gradient):
+            p.grad = torch.zeros_like(p) if g is None else g
+            world.sum(p.grad)
+        length = torch.nn.utils.clip_grad_norm_(self.parameters, c.global_ttt_grad_clip or math.inf)
+        if math.isfinite(length.item()):
+            optimizer.step()
+        else:
+            self.run.log("ttt_non_finite: a global step was skipped")
+
+    def gradient(self, stream: np.ndarray, a: int, b: int, count: int) -> tuple[Tensor | None, ...]:
+        """Of the sum over the targets of positions [a, b) / count; it holds until the next call.
+
+        A segment ends with its sequence and, if documents are respected, its document. The token before is read too (for the
+        SmearGate), so that shares do not matter.
+        """
+        c, lead = self.run.config, min(a, 1)
+        row = stream[a - lead: b + 1]
+        starts = np.append(np.zeros(lead, np.int64), np.arange(lead, len(row) - 1, c.eval_seq_len))
         if c.global_ttt_respect_doc_boundaries:
             starts = np.union1d(starts, np.flatnonzero(row[:-1] == BOS))
         ids, cu = torch.from_numpy(row.astype(np.int64))[None], torch.from_numpy(pad_cu_seqlens(starts, len(row) - 1))
-        batch = to_device(Batch(ids[:, :-1], ids[:, 1:], Segments(cu, longest)), world.device)
-        adapters = None if caps is None else Adapters((NO_ADAPTERS,) * len(c.pass_order(c.num_loops)[0]), caps=caps)
-        (model.losses(batch.ids, batch.targets, batch.segments, adapters=adapters)[:, lead:].sum() / (b - a)).backward()
-    for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        world.sum(p.grad)
-    length = torch.nn.utils.clip_grad_norm_(parameters, c.global_ttt_grad_clip or math.inf)
-    if math.isfinite(length.item()):
-        optimizer.step()
-    else:
-        run.log("ttt_non_finite: a global step was skipped")
+        new = to_device(Batch(ids[:, :-1], ids[:, 1:], Segments(cu, c.eval_seq_len)), self.run.world.device)
+        key = len(row), len(cu), lead, count
+        held = self.batches.setdefault(key, new)
+        for kept, value in zip((held.ids, held.targets, held.segments.cu_seqlens), (new.ids, new.targets, new.segments.cu_seqlens)):
+            kept.copy_(value)
+
+        def differentiate():
+            adapters = None if self.caps is None else Adapters((NO_ADAPTERS,) * len(c.pass_order(c.num_loops)[0]), caps=self.caps)
+            losses = self.model.losses(held.ids, held.targets, held.segments, adapters=adapters)[:, lead:]
+            return torch.autograd.grad(losses.sum() / count, self.parameters, allow_unused=True)
+
+        return self.graphs(key, differentiate)
 
 
 class Crew:
@@ -4749,6 +4766,7 @@ class Adaptation:
         self.deadline = Deadline(began, c.eval_time_limit, plain_rate)
         self.rows = max(len(b.documents) for b in self.batches)
         self.caps = torch.full((2,), c.logit_softcap, device=run.world.device) if c.asym_logit_rescale else None
+        self.global_trainer = GlobalTrainer(run, model, self.caps)
         self.reader = Reader(model, self.rows, int(self.batches[0].documents[0, 1]), self.caps, run.log)
         self.mark = torch.cuda.Event() if run.world.device.type == "cuda" else None
         self.mine, self.plain, self.adapting, self.read, self.current = Sums(), [], True, 0, 0
@@ -4870,8 +4888,7 @@ class Adaptation:
             return
         self.model.requires_grad_(True)
         with compiling(self.model, self.c.ttt_compile):
-            train_globally(self.run, self.model, self.data.tokens, documents, self.caps,
-                           lambda: self.signals.received or self.deadline.over(left))
+            self.global_trainer(self.data.tokens, documents, lambda: self.signals.received or self.deadline.over(left))
         for p in self.model.parameters():
             p.grad = None
         self.model.requires_grad_(False)

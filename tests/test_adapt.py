@@ -253,7 +253,7 @@ def test_global_pass_follows_the_formula():
     """One step against SGD by hand: mean loss of the chunk in document segments, clipped, cosine from the full rate."""
     run, model = toy.setting(GLOBAL_TTT_CHUNK_TOKENS=96, GLOBAL_TTT_LR=0.3, GLOBAL_TTT_GRAD_CLIP=0.5, GLOBAL_TTT_BATCH_SEQS=8)
     _, twin = toy.setting()
-    tg.train_globally(run, model, DATA.tokens, DOCUMENTS[[1, 6]], None, lambda: False)       # 170 tokens: two chunks, one trained
+    tg.GlobalTrainer(run, model, None)(DATA.tokens, DOCUMENTS[[1, 6]], lambda: False)       # 170 tokens: two chunks, one trained
     stream = np.concatenate([DATA.tokens[a: a + n] for a, n in DOCUMENTS[[1, 6]]])
     batch = tg.to_batch(stream[:97], 48)
     twin.losses(batch.ids, batch.targets, batch.segments).mean().backward()
@@ -375,11 +375,24 @@ def attend_to_the_whole_ring(q, k, v, keys, values, position, window):
     return torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=seen).transpose(1, 2)
 
 
+def attend_by_mask(q, k, v, segments, window=0):
+    """attend_sdpa without the host knowing where segments begin."""
+    i = torch.arange(q.shape[1])
+    seen = i[:, None] >= i
+    if segments:
+        which = torch.bucketize(i, segments.cu_seqlens.long(), right=True)
+        seen = seen & (which[:, None] == which) & (i[:, None] - i < (window or len(i)))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2)
+
+
 @pytest.mark.parametrize("name", [name for name in PROTOCOLS if PROTOCOLS[name].get("TTT_PROTOCOL") == "cached"])
 def test_recorded_reading_changes_nothing(monkeypatch, name):
-    """What a CUDA graph would do, on the CPU: every input at its address, nothing that the host decides, gradients in place."""
+    """What CUDA graphs would do, on the CPU, in reading and in global steps: every input at its address, nothing that the host
+    decides, gradients in place."""
     plain = base(name)[1]
     monkeypatch.setattr(tg, "past_attention", attend_to_the_whole_ring)
+    monkeypatch.setitem(tg.ATTENTION, "sdpa", attend_by_mask)
     used, original, expected = [], tg.Graphs.__init__, toy.adapt(DATA, **PROTOCOLS[name])[1]
     if PROTOCOLS[name].get("TTT_GRAD_STEPS", 1) == 1:               # more: AdamW enlarges roundings
         np.testing.assert_allclose(expected, plain, rtol=0, atol=1e-4)
