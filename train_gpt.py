@@ -4479,8 +4479,7 @@ class DocumentAdapters:
         """Of sum(weights * losses), for what build made of these rows."""
         loras = adapters_of(adapters)
         gradient = torch.autograd.grad(losses, [lora.a for lora in loras] + [lora.b for lora in loras], weights)
-        for target, part in zip(self.split(self.gradient[rows]), gradient):
-            target.copy_(part)
+        torch.cat([g.flatten(1) for g in gradient], 1, out=self.gradient[rows])
 
     def step(self):
         """One update of the first rows from their gradient."""
