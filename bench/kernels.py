@@ -92,7 +92,7 @@ def whole(pair_call):
     """Forward and backward of the whole MLP with all its matrix products."""
     def call(n, up, down, grad, pre, hidden):
         leaves = [x.detach().requires_grad_() for x in (n[None], up, down)]
-        out = pair_call(*leaves)[0]
+        out = pair_call(*leaves, None)[0]
         return (out, *torch.autograd.grad(out, leaves, grad[None]))
     return call
 
