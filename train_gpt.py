@@ -326,8 +326,6 @@ CONTRADICTIONS: list[tuple[Callable[[Config], bool], str]] = [
      "VAL_BATCH_TOKENS={val_batch_tokens} must be at least 8 x EVAL_SEQ_LEN={eval_seq_len}"),
     (lambda c: c.sliding_window_enabled and c.eval_stride > c.eval_seq_len,
      "EVAL_STRIDE={eval_stride} must be at most EVAL_SEQ_LEN={eval_seq_len}: windows would miss tokens"),
-    (lambda c: c.ttt_protocol == "cached" and c.ttt_chunk_size + c.ttt_live_tokens > c.ttt_eval_seq_len,
-     "TTT_CHUNK_SIZE={ttt_chunk_size} and TTT_LIVE_TOKENS={ttt_live_tokens} exceed TTT_EVAL_SEQ_LEN={ttt_eval_seq_len} together"),
     (lambda c: max(c.ttt_beta1, c.ttt_beta2) >= 1, "TTT_BETA1={ttt_beta1} and TTT_BETA2={ttt_beta2} must be below 1"),
     (lambda c: c.ttt_chunk_size > c.ttt_eval_seq_len,
      "TTT_CHUNK_SIZE={ttt_chunk_size} exceeds TTT_EVAL_SEQ_LEN={ttt_eval_seq_len}"),

@@ -113,7 +113,7 @@ def test_without_learning_it_is_plain_evaluation_with_the_same_windows():
         score = toy.adapt(only_short, TTT_PROTOCOL=protocol, **still)[0]
         assert score.loss == pytest.approx(plain.loss, abs=2e-6) and score.bpb == pytest.approx(plain.bpb, abs=2e-6)
     expected = tg.evaluate(run, model, DATA, "windowed", windowed=True)
-    for live in (0, 5, 16, 30):
+    for live in (0, 5, 16, 30, 90):         # 90: more than the window
         score = toy.adapt(DATA, TTT_PROTOCOL="cached", TTT_LIVE_TOKENS=live, **still)[0]
         assert score.loss == pytest.approx(expected.loss, abs=2e-6)
 
