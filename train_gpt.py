@@ -1124,7 +1124,8 @@ class Kernel:
     """A pair of functions with one meaning. Call it: the fast one runs on CUDA unless it is switched off."""
     reference: Callable
     fast: Callable
-    example: Callable[[Config, torch.device], tuple] | None = None      # arguments as the run's network will give them
+    # arguments as the run's network will give them: sizes as odd or even as there, since Triton compiles by that
+    example: Callable[[Config, torch.device], tuple] | None = None
     enabled: bool = True
     eager: bool = False     # inside torch.compile the reference serves: the compiler fuses it with its neighbours
 
@@ -1743,7 +1744,7 @@ if triton is not None:
 
 @kernel(past_attention_reference, lambda c, device: (
     *(torch.ones(1, length, heads, c.head_dim, dtype=torch.bfloat16, device=device)
-      for length, heads in ((64, c.num_heads), (64, c.num_kv_heads), (64, c.num_kv_heads), (128, c.num_kv_heads), (128, c.num_kv_heads))),
+      for length, heads in ((64, c.num_heads), (64, c.num_kv_heads), (64, c.num_kv_heads), (127, c.num_kv_heads), (127, c.num_kv_heads))),
     torch.full((1,), 100, device=device), 64))
 def past_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, keys_BPKd: Tensor, values_BPKd: Tensor, position: Tensor,
                    window: int) -> Tensor:
@@ -1931,8 +1932,8 @@ if triton is not None:
 
 
 @kernel(trellis_block_reference, lambda c, device: (
-    torch.ones(1, 2, TRELLIS_BLOCK, device=device), torch.eye(TRELLIS_BLOCK, device=device)[None], torch.ones(1, 2, device=device),
-    torch.zeros(1, 2, device=device), torch.zeros(1, 2, dtype=torch.int64, device=device), c.trellis_states or 4))
+    torch.ones(1, 16, TRELLIS_BLOCK, device=device), torch.eye(TRELLIS_BLOCK, device=device)[None], torch.ones(1, 16, device=device),
+    torch.zeros(1, 16, device=device), torch.zeros(1, 16, dtype=torch.int64, device=device), c.trellis_states or 4))
 def trellis_block(w_NRB: Tensor, u_NBB: Tensor, step_NR: Tensor, shrink_NR: Tensor, state_NR: Tensor,
                   states: int) -> tuple[Tensor, Tensor]:
     """A program for every row, its survivors in registers (Triton)."""
