@@ -231,7 +231,7 @@ class Config:
     ttt_mlp_lora: bool = knob(True, "adapter on MLPs")
     ttt_head_lora: bool = knob(True, "adapter on the head")
     ttt_compile: bool = knob(False, "published: torch.compile while adapting (on CUDA)")
-    ttt_graphs: bool = knob(True, "cached: CUDA graphs of forward and backward")
+    ttt_graphs: bool = knob(True, "CUDA graphs of the cached protocol's and the global phases' forward and backward")
     asym_logit_rescale: bool = knob(False, "softcaps of positive and negative logits, trained in the global phases (PR 1923)")
     global_ttt_lr: float = knob(0.001, "global SGD", at_least=0)
     global_ttt_momentum: float = knob(0.9, "global SGD", at_least=0, at_most=1)
