@@ -2224,11 +2224,11 @@ def block(x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip | None, w: Laye
     n = norm(u) * w.depth_scale
     att = attention(n, w, segments, rope, shape, adapter, tap, past)
     if shape.kind == "sequential":
-        h = (u + att).to(dtype)
+        h = u + att
         return mlp(norm(h) * w.depth_scale, w, adapter, tap, h), None
     out = mlp(norm(u if shape.kind == "parallel" else lane) * w.depth_scale, w, adapter, tap)
     if shape.kind == "parallel":
-        return (u + att + out).to(dtype), None
+        return u + att + out, None
     keep, add = w.lane_keep, w.lane_add
     return ((keep[0] * x + add[0, 0] * att + add[1, 0] * out).to(dtype),
             (keep[1] * lane + add[0, 1] * att + add[1, 1] * out).to(dtype))
