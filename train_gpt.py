@@ -1129,8 +1129,9 @@ class Kernel:
     enabled: bool = True
     eager: bool = False     # inside torch.compile the reference serves: the compiler fuses it with its neighbours
 
-    def __call__(self, x: Tensor, *rest):
-        fast = self.enabled and x.is_cuda and not (self.eager and torch.compiler.is_compiling())
+    def __call__(self, x: Tensor | tuple[Tensor, ...], *rest):
+        cuda = (x[0] if isinstance(x, tuple) else x).is_cuda
+        fast = self.enabled and cuda and not (self.eager and torch.compiler.is_compiling())
         return (self.fast if fast else self.reference)(x, *rest)
 
 
@@ -1145,11 +1146,14 @@ def kernel(reference: Callable, example: Callable[[Config, torch.device], tuple]
 
 def try_kernel(pair: Kernel, config: Config, device: torch.device):
     """Run the fast version forward and backward on its example; raises whatever it raises."""
-    inputs = [t.requires_grad_() if torch.is_tensor(t) and t.is_floating_point() else t for t in pair.example(config, device)]
+    inputs = pair.example(config, device)
+    for t in (t for x in inputs for t in (x if isinstance(x, tuple) else (x,))):
+        if torch.is_tensor(t) and t.is_floating_point():
+            t.requires_grad_()
     outputs = pair.fast(*inputs)
-    for t in outputs if isinstance(outputs, tuple) else (outputs,):
-        if t.requires_grad:
-            t.float().sum().backward(retain_graph=True)
+    wanted = [t.float().sum() for t in (outputs if isinstance(outputs, tuple) else (outputs,)) if torch.is_tensor(t) and t.requires_grad]
+    if wanted:
+        torch.autograd.backward(wanted)
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -1262,12 +1266,229 @@ def softcap_ce(logits_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
     return softcap_ce_forward(logits_NV.contiguous(), targets_N, cap)[0]
 
 
-def qkv_heads_reference(qkv: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, copies: int) -> tuple[Tensor, ...]:
+def weighted_sum_reference(parts: tuple[Tensor, ...], weights_CD: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """u = the sum of up to three parts [B, T, D], each times its weights, rounded once; n = u normed, times scale [] (no scale: None)."""
+    terms = parts if weights_CD is None else [w * x for w, x in zip(weights_CD.unbind(0), parts)]
+    u = functools.reduce(torch.add, terms).to(parts[0].dtype)
+    return u, None if scale is None else norm(u) * scale
+
+
+SUM_BLOCKS = (8, 4), (4, 4, 4)      # rows and warps of a program; backward: and programs on a processor
+
+if triton is not None:
+    @triton.jit
+    def sum_kernel(parts, weights, scale, gate, out, twin, normed, factor, z, N, eps, D: tl.constexpr, WIDE: tl.constexpr,
+                   COUNT: tl.constexpr, HEADS: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr):
+        """ROWS rows per program: the sum of parts into `out` and `twin`; what norms it, scale included, into `factor`; the normed
+        sum into `normed`, and its product with the HEADS rows of `gate` into z. What is None is left out."""
+        row, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
+        ok = (row < N)[:, None] & (j < D)[None, :]
+        at = row.to(tl.int64)[:, None] * D + j[None, :]
+        u = tl.zeros((ROWS, WIDE), tl.float32)
+        for i in tl.static_range(COUNT):
+            part = tl.load(parts[i] + at, mask=ok, other=0.0).to(tl.float32)
+            if weights is not None:
+                part *= tl.load(weights + i * D + j, mask=j < D, other=0.0)[None, :]
+            u += part
+        if out is not None:
+            tl.store(out + at, u.to(out.dtype.element_ty), mask=ok)
+        if twin is not None:
+            tl.store(twin + at, u.to(twin.dtype.element_ty), mask=ok)
+        if scale is not None:
+            r = tl.rsqrt(tl.sum(u * u, 1) / D + eps) * tl.load(scale)
+            if factor is not None:
+                tl.store(factor + row, r, mask=row < N)
+            for h in tl.static_range(HEADS):
+                along = tl.sum(u * tl.load(gate + h * WINDOW + j, mask=j < WINDOW, other=0.0).to(tl.float32)[None, :], 1)
+                tl.store(z + row * HEADS + h, (along * r).to(z.dtype.element_ty), mask=row < N)
+            if normed is not None:
+                tl.store(normed + at, (u * r[:, None]).to(normed.dtype.element_ty), mask=ok)
+
+    @triton.jit
+    def sum_backward_kernel(parts, weights, scale, gate, factor, grad, product, dz, dparts, sums, N, D: tl.constexpr, WIDE: tl.constexpr,
+                            COUNT: tl.constexpr, HEADS: tl.constexpr, WINDOW: tl.constexpr, APPLIED: tl.constexpr, ROWS: tl.constexpr):
+        """The gradient of the sum u is `grad` plus what `product` and dz bring through the norm: product is the gradient of
+        u * factor with respect to u at a fixed factor (APPLIED: with respect to u * factor itself). Weighed, every part's gradient
+        goes to dparts and its weights' share to this program's row of `sums`; else they are one and the same."""
+        j = tl.arange(0, WIDE)
+        wide = (j < D)
+        w0, w1, w2 = tl.zeros((1, WIDE), tl.float32), tl.zeros((1, WIDE), tl.float32), tl.zeros((1, WIDE), tl.float32)
+        if weights is not None:
+            w0 = tl.load(weights + j, mask=wide, other=0.0)[None, :]
+            if COUNT > 1:
+                w1 = tl.load(weights + D + j, mask=wide, other=0.0)[None, :]
+            if COUNT > 2:
+                w2 = tl.load(weights + 2 * D + j, mask=wide, other=0.0)[None, :]
+        sum0, sum1, sum2 = tl.zeros((ROWS, WIDE), tl.float32), tl.zeros((ROWS, WIDE), tl.float32), tl.zeros((ROWS, WIDE), tl.float32)
+        for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
+            row = tile * ROWS + tl.arange(0, ROWS)
+            ok = (row < N)[:, None] & wide[None, :]
+            at = row.to(tl.int64)[:, None] * D + j[None, :]
+            du = tl.zeros((ROWS, WIDE), tl.float32)
+            if grad is not None:
+                du += tl.load(grad + at, mask=ok, other=0.0).to(tl.float32)
+            x0 = tl.load(parts[0] + at, mask=ok, other=0.0).to(tl.float32)
+            x1, x2, u = x0, x0, x0
+            if weights is not None:
+                u = w0 * x0
+            if COUNT > 1:
+                x1 = tl.load(parts[1] + at, mask=ok, other=0.0).to(tl.float32)
+                u += x1 if weights is None else w1 * x1
+            if COUNT > 2:
+                x2 = tl.load(parts[2] + at, mask=ok, other=0.0).to(tl.float32)
+                u += x2 if weights is None else w2 * x2
+            if product is not None:
+                r = tl.load(factor + row, mask=row < N, other=0.0)
+                p = tl.load(product + at, mask=ok, other=0.0).to(tl.float32)
+                if APPLIED:
+                    p *= r[:, None]
+                for h in tl.static_range(HEADS):
+                    share = tl.load(dz + row * HEADS + h, mask=row < N, other=0.0).to(tl.float32) * r
+                    p += share[:, None] * tl.load(gate + h * WINDOW + j, mask=j < WINDOW, other=0.0).to(tl.float32)[None, :]
+                root = r / tl.load(scale)
+                du += p - u * (tl.sum(p * u, 1) * root * root / D)[:, None]
+            if weights is None:
+                tl.store(dparts[0] + at, du.to(dparts[0].dtype.element_ty), mask=ok)
+            else:
+                tl.store(dparts[0] + at, (w0 * du).to(dparts[0].dtype.element_ty), mask=ok)
+                sum0 += du * x0
+                if COUNT > 1:
+                    tl.store(dparts[1] + at, (w1 * du).to(dparts[1].dtype.element_ty), mask=ok)
+                    sum1 += du * x1
+                if COUNT > 2:
+                    tl.store(dparts[2] + at, (w2 * du).to(dparts[2].dtype.element_ty), mask=ok)
+                    sum2 += du * x2
+        if sums is not None:
+            mine = sums + tl.program_id(0) * (COUNT * D) + j
+            tl.store(mine, tl.sum(sum0, 0), mask=wide)
+            if COUNT > 1:
+                tl.store(mine + D, tl.sum(sum1, 0), mask=wide)
+            if COUNT > 2:
+                tl.store(mine + 2 * D, tl.sum(sum2, 0), mask=wide)
+
+    def gate_shape(gate):
+        return (0, 1) if gate is None else gate.shape
+
+    def launch_sum(parts, weights, scale, gate=None, out=None, twin=None, normed=None, factor=None, z=None):
+        d, (heads, window), (rows, warps) = parts[0].shape[-1], gate_shape(gate), SUM_BLOCKS[0]
+        n = parts[0].numel() // d
+        sum_kernel[(triton.cdiv(n, rows),)](
+            tuple(parts), weights, scale, gate, out, twin, normed, factor, z, n, NORM_EPS, D=d, WIDE=triton.next_power_of_2(d),
+            COUNT=len(parts), HEADS=heads, WINDOW=window, ROWS=rows, num_warps=warps)
+
+    def launch_sum_backward(parts, weights, scale, gate, factor, grad, product, dz, dparts, dweights=None, applied=False):
+        d, (heads, window), (rows, warps, programs) = parts[0].shape[-1], gate_shape(gate), SUM_BLOCKS[1]
+        n = parts[0].numel() // d
+        if parts[0].is_cuda:
+            programs *= torch.cuda.get_device_properties(parts[0].device).multi_processor_count
+        programs = min(programs, triton.cdiv(n, rows))
+        sums = None if dweights is None else dweights.new_empty(programs, *dweights.shape)
+        sum_backward_kernel[(programs,)](
+            tuple(parts), weights, scale, gate, factor, grad, product, dz, tuple(dparts), sums, n, D=d, WIDE=triton.next_power_of_2(d),
+            COUNT=len(parts), HEADS=heads, WINDOW=window, APPLIED=applied, ROWS=rows, num_warps=warps)
+        if sums is not None:
+            torch.sum(sums, 0, out=dweights)
+
+    class WeightedSum(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weights, scale, *parts):
+            ctx.set_materialize_grads(False)
+            u, normed = torch.empty_like(parts[0]), None if scale is None else torch.empty_like(parts[0])
+            factor = None if scale is None else u.new_empty(u.shape[:-1], dtype=torch.float32)
+            launch_sum(parts, weights, scale, out=u, normed=normed, factor=factor)
+            ctx.save_for_backward(weights, scale, factor, *((u,) if weights is None else parts))
+            return u, normed
+
+        @staticmethod
+        def backward(ctx, grad, product):
+            weights, scale, factor, *parts = ctx.saved_tensors
+            grad, product = (g if g is None else g.contiguous() for g in (grad, product))
+            dweights = torch.empty_like(weights) if ctx.needs_input_grad[0] else None
+            dparts = [torch.empty_like(x) for x in parts]
+            launch_sum_backward(parts, weights, scale, None, factor, grad, product, None, dparts, dweights, applied=True)
+            return dweights, None, *(dparts if weights is not None else dparts * (len(ctx.needs_input_grad) - 2))
+
+
+@kernel(weighted_sum_reference, lambda c, device: (
+    tuple(torch.ones(1, 64, c.model_dim, dtype=torch.bfloat16, device=device) for _ in range(3)), torch.ones(3, c.model_dim, device=device),
+    torch.ones((), device=device)), eager=True)
+def weighted_sum(parts: tuple[Tensor, ...], weights_CD: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Sum and norm in one kernel, and one for all their gradients (Triton)."""
+    return WeightedSum.apply(weights_CD, scale, *(x.contiguous() for x in parts))
+
+
+def normed_linear_reference(parts: tuple[Tensor, ...], weights_CD: Tensor | None, scale: Tensor, matrix_OD: Tensor,
+                            gate_HW: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """u and n of weighted_sum; -> u, n Matrix^T, None, and the gate's n[..., :W] Gate^T. A fast version may leave n's row factors
+    [B, T] to the reader of the product: they come third then."""
+    u, n = weighted_sum_reference(parts, weights_CD, scale)
+    z = None if gate_HW is None else F.linear(n[..., : gate_HW.shape[1]], gate_HW.to(n.dtype))
+    return u, F.linear(n, matrix_OD), None, z
+
+
+if triton is not None:
+    flat = lambda t: t.flatten(0, -2)
+
+    def allocate_normed_linear(parts, weights, scale, matrix, gate):
+        x = parts[0]
+        return (torch.empty_like(x), x.new_empty(*x.shape[:-1], matrix.shape[0]), x.new_empty(x.shape[:-1], dtype=torch.float32),
+                x.new_empty(*x.shape[:-1], 0 if gate is None else gate.shape[0]))
+
+    def run_normed_linear(parts, weights, scale, matrix, gate, u, y, factor, z):
+        launch_sum(parts, weights, scale, gate, u, factor=factor, z=None if gate is None else z)
+        torch.mm(flat(u), matrix.T, out=flat(y))
+
+    normed_linear_forward = fused_op(
+        "normed_linear(Tensor[] parts, Tensor? weights, Tensor scale, Tensor matrix, Tensor? gate) -> (Tensor, Tensor, Tensor, Tensor)",
+        allocate_normed_linear, run_normed_linear)
+    sum_backward = fused_op(
+        "sum_backward(Tensor[] parts, Tensor? weights, Tensor scale, Tensor? gate, Tensor factor, Tensor? grad, Tensor product, Tensor? dz)"
+        " -> (Tensor[], Tensor)",
+        lambda parts, weights, *_: ([torch.empty_like(x) for x in (parts[:1] if weights is None else parts)],
+                                    parts[0].new_empty(0) if weights is None else torch.empty_like(weights)),
+        lambda parts, weights, *rest: launch_sum_backward(parts, weights, *rest[:-1], None if weights is None else rest[-1]))
+
+    def save_normed_linear(ctx, inputs, output):
+        parts, weights, scale, matrix, gate = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(weights, scale, matrix, gate, output[0], output[2], *parts)
+
+    def grad_normed_linear(ctx, grad, dy, _, dz):
+        weights, scale, matrix, gate, u, factor, *parts = ctx.saved_tensors
+        grad, dy, dz = (g if g is None else g.contiguous() for g in (grad, dy, dz if gate is not None else None))
+        dgate = None if dz is None else (flat((dz * factor[..., None]).to(u.dtype)).T @ flat(u)[:, : gate.shape[1]]).to(gate.dtype)
+        product = (flat(dy) @ matrix).view(u.shape)
+        dparts, dweights = sum_backward(parts, weights, scale, None if dz is None else gate, factor, grad, product, dz)
+        if weights is None:
+            dparts, dweights = dparts * len(parts), None
+        return dparts, dweights, None, flat(dy).T @ flat(u), dgate
+
+    normed_linear_forward.register_autograd(grad_normed_linear, setup_context=save_normed_linear)
+
+
+@kernel(normed_linear_reference, lambda c, device: (
+    tuple(torch.ones(1, 64, c.model_dim, dtype=torch.bfloat16, device=device) for _ in range(3)), torch.ones(3, c.model_dim, device=device),
+    torch.ones((), device=device),
+    torch.ones((c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.model_dim, dtype=torch.bfloat16, device=device),
+    torch.ones(c.num_heads, c.gate_window, device=device)))
+def normed_linear(parts: tuple[Tensor, ...], weights_CD: Tensor | None, scale: Tensor, matrix_OD: Tensor,
+                  gate_HW: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The product of the sum itself: n is never stored. The norm's factors come third (Triton around a product of cuBLAS)."""
+    u, y, factor, z = normed_linear_forward([x.contiguous() for x in parts], weights_CD, scale, matrix_OD.contiguous(), gate_HW)
+    return u, y, factor, None if gate_HW is None else z
+
+
+def qkv_heads_reference(qkv: Tensor, factor_BT: Tensor | None, gain_H: Tensor, cos: Tensor, sin: Tensor, kv_heads: int,
+                        copies: int) -> tuple[Tensor, ...]:
     """Joint projection [B, T, (H + 2K) d] -> q [B, T, H, d] normed, rotated, times its head's gain; k [B, T, K copies, d]
     normed and rotated; v [B, T, K copies, d]; v again [B, T, K, d], for XSA: no sum of its two gradients in between.
-    cos, sin: [T, rotated dimensions / 2] of these positions. copies: of every key and value, side by side."""
+    factor: of the values (norms undo any other), a constant to gradients; see normed_linear. cos, sin: [T, rotated dimensions / 2]
+    of these positions. copies: of every key and value, side by side."""
     B, T, _ = qkv.shape
     q, k, v = qkv.view(B, T, len(gain_H) + 2 * kv_heads, -1).split((len(gain_H), kv_heads, kv_heads), 2)
+    if factor_BT is not None:
+        v = (v * factor_BT.detach()[..., None, None]).to(v.dtype)
     q = (rotate(norm(q), cos, sin).float() * gain_H[:, None]).to(qkv.dtype)
     return q, rotate(norm(k), cos, sin).repeat_interleave(copies, 2), v.repeat_interleave(copies, 2), v.contiguous()
 
@@ -1276,23 +1497,23 @@ QKV_BLOCKS, GATED_BLOCKS = ((8, 1), (32, 4)), ((16, 4), (16, 4))       # tokens 
 
 if triton is not None:
     @triton.jit
-    def copy_values(source, part, own, dsource, ok, D: tl.constexpr, COPIES: tl.constexpr, BACKWARD: tl.constexpr):
-        """Forward: a value head to its copies and to `own`. Backward: the sum of all their gradients."""
+    def copy_values(source, amount, part, own, dsource, ok, D: tl.constexpr, COPIES: tl.constexpr, BACKWARD: tl.constexpr):
+        """Forward: a value head times `amount` to its copies and to `own`. Backward: the sum of all their gradients."""
         if BACKWARD:
             total = tl.load(own, mask=ok, other=0.0).to(tl.float32)
             for copy in tl.static_range(COPIES):
                 total += tl.load(part + copy * D, mask=ok, other=0.0).to(tl.float32)
-            tl.store(dsource, total.to(dsource.dtype.element_ty), mask=ok)
+            tl.store(dsource, (total * amount).to(dsource.dtype.element_ty), mask=ok)
         else:
-            value = tl.load(source, mask=ok)
+            value = (tl.load(source, mask=ok, other=0.0).to(tl.float32) * amount).to(own.dtype.element_ty)
             tl.store(own, value, mask=ok)
             for copy in tl.static_range(COPIES):
                 tl.store(part + copy * D, value, mask=ok)
 
     @triton.jit
-    def qkv_heads_kernel(qkv, gain, cos, sin, q, k, v, own, dqkv, dgain, N, T, eps, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
-                         WIDE: tl.constexpr, HALF: tl.constexpr, HALF_WIDE: tl.constexpr, BLOCK: tl.constexpr, COPIES: tl.constexpr,
-                         BACKWARD: tl.constexpr):
+    def qkv_heads_kernel(qkv, factor, gain, cos, sin, q, k, v, own, dqkv, dgain, N, T, eps, H: tl.constexpr, K: tl.constexpr,
+                         D: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr, HALF_WIDE: tl.constexpr, BLOCK: tl.constexpr,
+                         COPIES: tl.constexpr, BACKWARD: tl.constexpr):
         """BLOCK tokens of one head per program. Forward fills q, k, v, own; backward reads their gradients there and fills
         dqkv and each token's share of dgain. The rotated halves a and b have tiles of their own: all accesses are vectors."""
         slot, row = tl.program_id(0) % (H + 2 * K), tl.program_id(0) // (H + 2 * K) * BLOCK + tl.arange(0, BLOCK)
@@ -1308,7 +1529,10 @@ if triton is not None:
         else:
             part = v + (token * K + slot - H - K) * (COPIES * D)
         if slot >= H + K:
-            copy_values(source + j, part + j, own + (token * K + slot - H - K) * D + j, dsource + j, ok, D, COPIES, BACKWARD)
+            value_amount = tl.full((BLOCK, 1), 1.0, tl.float32)
+            if factor is not None:
+                value_amount = tl.load(factor + row, mask=row < N, other=0.0)[:, None]
+            copy_values(source + j, value_amount, part + j, own + (token * K + slot - H - K) * D + j, dsource + j, ok, D, COPIES, BACKWARD)
         else:
             rest = ok & (j >= 2 * HALF)
             c = tl.load(cos + (row % T)[:, None] * HALF + i, mask=turned, other=0.0)
@@ -1342,29 +1566,28 @@ if triton is not None:
                         tl.store(part + copy * D + i, (amount * (a * c + b * s)).to(q.dtype.element_ty), mask=turned)
                         tl.store(part + copy * D + HALF + i, (amount * (b * c - a * s)).to(q.dtype.element_ty), mask=turned)
 
-    def launch_qkv_heads(qkv, gain, cos, sin, kv_heads, copies, q, k, v, own, dqkv, dgain, backward):
+    def launch_qkv_heads(qkv, factor, gain, cos, sin, kv_heads, copies, q, k, v, own, dqkv, dgain, backward):
         n, heads, d, half = qkv.shape[0] * qkv.shape[1], len(gain), q.shape[-1], cos.shape[1]
         block, warps = QKV_BLOCKS[backward]
         qkv_heads_kernel[(triton.cdiv(n, block) * (heads + 2 * kv_heads),)](
-            qkv, gain, cos, sin, q, k, v, own, dqkv, dgain, n, qkv.shape[1], NORM_EPS, H=heads, K=kv_heads, D=d,
+            qkv, factor, gain, cos, sin, q, k, v, own, dqkv, dgain, n, qkv.shape[1], NORM_EPS, H=heads, K=kv_heads, D=d,
             WIDE=triton.next_power_of_2(d), HALF=half, HALF_WIDE=triton.next_power_of_2(max(half, 1)), BLOCK=block,
             COPIES=copies, BACKWARD=backward, num_warps=warps)
 
-    def allocate_qkv_heads(qkv, gain, cos, sin, kv_heads, copies):
+    def allocate_qkv_heads(qkv, factor, gain, cos, sin, kv_heads, copies):
         B, T, width = qkv.shape
         d = width // (len(gain) + 2 * kv_heads)
         return tuple(qkv.new_empty(B, T, count, d) for count in (len(gain), kv_heads * copies, kv_heads * copies, kv_heads))
 
     qkv_heads_forward = fused_op(
-        "qkv_heads(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, int kv_heads, int copies) -> (Tensor, Tensor, Tensor, Tensor)",
-        allocate_qkv_heads, lambda x, gain, cos, sin, kv, copies, *outputs: launch_qkv_heads(
-            x, gain, cos, sin, kv, copies, *outputs, x, gain, False))
+        "qkv_heads(Tensor qkv, Tensor? factor, Tensor gain, Tensor cos, Tensor sin, int kv_heads, int copies)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        allocate_qkv_heads, lambda x, *rest: launch_qkv_heads(x, *rest, x, rest[1], False))
     qkv_heads_backward = fused_op(
-        "qkv_heads_backward(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, int kv_heads, int copies, Tensor dq, Tensor dk, Tensor dv,"
-        " Tensor dv2) -> (Tensor, Tensor)",
-        lambda x, gain, *_: (torch.empty_like(x), gain.new_empty(x.shape[0] * x.shape[1], len(gain))),
-        lambda x, gain, cos, sin, kv, copies, dq, dk, dv, dv2, dx, dgain: launch_qkv_heads(
-            x, gain, cos, sin, kv, copies, *(g.contiguous() for g in (dq, dk, dv, dv2)), dx, dgain, True))
+        "qkv_heads_backward(Tensor qkv, Tensor? factor, Tensor gain, Tensor cos, Tensor sin, int kv_heads, int copies,"
+        " Tensor dq, Tensor dk, Tensor dv, Tensor dv2) -> (Tensor, Tensor)",
+        lambda x, factor, gain, *_: (torch.empty_like(x), gain.new_empty(x.shape[0] * x.shape[1], len(gain))),
+        lambda *args: launch_qkv_heads(*args[:7], *(g.contiguous() for g in args[7:11]), *args[11:], True))
 
     def save_qkv_heads(ctx, inputs, output):
         *tensors, ctx.kv_heads, ctx.copies = inputs
@@ -1372,17 +1595,18 @@ if triton is not None:
 
     def grad_qkv_heads(ctx, *grads):
         dx, dgain = qkv_heads_backward(*ctx.saved_tensors, ctx.kv_heads, ctx.copies, *grads)
-        return dx, dgain.sum(0), *[None] * 4
+        return dx, None, dgain.sum(0), *[None] * 4
 
     qkv_heads_forward.register_autograd(grad_qkv_heads, setup_context=save_qkv_heads)
 
 
 @kernel(qkv_heads_reference, lambda c, device: (
     torch.ones(1, 64, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, dtype=torch.bfloat16, device=device),
-    torch.ones(c.num_heads, device=device), *rotary_table(64, c, 64, device), c.num_kv_heads, c.num_heads // c.num_kv_heads))
-def qkv_heads(qkv: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, copies: int) -> tuple[Tensor, ...]:
+    torch.ones(1, 64, device=device), torch.ones(c.num_heads, device=device), *rotary_table(64, c, 64, device), c.num_kv_heads, c.num_heads // c.num_kv_heads))
+def qkv_heads(qkv: Tensor, factor_BT: Tensor | None, gain_H: Tensor, cos: Tensor, sin: Tensor, kv_heads: int,
+              copies: int) -> tuple[Tensor, ...]:
     """One kernel for norms, rotary embedding and gain of all heads, and one for their gradients (Triton)."""
-    return qkv_heads_forward(qkv.contiguous(), gain_H, cos, sin, kv_heads, copies)
+    return qkv_heads_forward(qkv.contiguous(), factor_BT, gain_H, cos, sin, kv_heads, copies)
 
 
 def gated_heads_reference(y_BTHd: Tensor, v_BTKd: Tensor, z_BTH: Tensor, xsa: bool, scale: float, factor: float) -> Tensor:
@@ -1463,11 +1687,14 @@ def gated_heads(y_BTHd: Tensor, v_BTKd: Tensor, z_BTH: Tensor, xsa: bool, scale:
     return gated_heads_forward(y_BTHd.contiguous(), v_BTKd.contiguous(), z_BTH.contiguous(), xsa, scale, factor)
 
 
-def leaky_mlp_reference(n_BTD: Tensor, up_MD: Tensor, down_DM: Tensor, onto_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
-    """hidden = leaky_relu(n Up^T, 0.5)^2 [B, T, M] -> (onto +) hidden Down^T [B, T, D], and hidden (no gradient enters there)."""
-    hidden = F.leaky_relu(F.linear(n_BTD, up_MD), 0.5).square()
+def leaky_mlp_reference(parts: tuple[Tensor, ...], scale: Tensor | None, up_MD: Tensor, down_DM: Tensor,
+                        onto: bool) -> tuple[Tensor, Tensor]:
+    """h = the sum of parts [B, T, D], n = h normed, times scale (no scale: h), hidden = leaky_relu(n Up^T, 0.5)^2 [B, T, M]
+    -> (h +, if onto) hidden Down^T [B, T, D], and hidden (no gradient enters there)."""
+    h, n = weighted_sum_reference(parts, None, scale)
+    hidden = F.leaky_relu(F.linear(h if n is None else n, up_MD), 0.5).square()
     out = F.linear(hidden, down_DM)
-    return out if onto_BTD is None else onto_BTD + out, hidden.detach()
+    return h + out if onto else out, hidden.detach()
 
 
 class Tiling(NamedTuple):
@@ -1497,10 +1724,11 @@ if triton is not None:
         return tl.sqrt(h) * (2 - 3 * (h.to(tl.int32, bitcast=True) >> SHIFT & 1)).to(tl.float32)
 
     @triton.jit
-    def leaky_mlp_kernel(a, b, hidden, out, M, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr,
+    def leaky_mlp_kernel(a, b, factor, hidden, out, M, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr,
                          DEPTH: tl.constexpr, SHIFT: tl.constexpr, BACKWARD: tl.constexpr, FLATTEN: tl.constexpr):
         """Persistent product of a [M, K] with b^T (b [N, K]; backward: b [K, N]), its epilogue in half tiles. Forward
-        stores square_leaky of it; backward stores it times the slope that `hidden` tells, loaded early where that fits."""
+        stores square_leaky of it, its rows times `factor`; backward stores it times the slope that `hidden`, loaded early where
+        that fits, and `factor` tell."""
         across = tl.cdiv(N, COLUMNS)
         for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS) * across, tl.num_programs(0), flatten=FLATTEN):
             row, column = tile // across * ROWS, tile % across * COLUMNS
@@ -1516,6 +1744,8 @@ if triton is not None:
                 else:
                     y = b.load([column, k]).T
                 total = tl.dot(a.load([row, k]), y, total, input_precision="ieee")
+            if factor is not None:
+                total *= tl.load(factor + i, mask=i < M, other=0.0)
             left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, HALF)), (0, 2, 1)))
             if BACKWARD:
                 if FLATTEN:
@@ -1527,7 +1757,7 @@ if triton is not None:
                 out.store([row, column], square_leaky(left, SHIFT).to(out.dtype))
                 out.store([row, column + HALF], square_leaky(right, SHIFT).to(out.dtype))
 
-    def launch_leaky_mlp(a_MK, b, hidden_MN, out_MN, backward, tiling):
+    def launch_leaky_mlp(a_MK, b, factor_M, hidden_MN, out_MN, backward, tiling):
         """Tensors reach the kernel as descriptors for TMA (Hopper and later): rows of multiples of 16 bytes."""
         (m, n), k, size = out_MN.shape, a_MK.shape[1], a_MK.element_size()
         rows, columns, depth = tiling.rows, tiling.columns * 2 // size, 128 // size
@@ -1537,46 +1767,62 @@ if triton is not None:
             raise RuntimeError("no TMA: tiles through pointers would be slower than cuBLAS")
         processors = chip.multi_processor_count if chip else 1
         leaky_mlp_kernel[(min(processors * tiling.programs, triton.cdiv(m, rows) * triton.cdiv(n, columns)),)](
-            cut(a_MK, rows, depth), cut(b, depth, columns) if backward else cut(b, columns, depth), hidden_MN,
+            cut(a_MK, rows, depth), cut(b, depth, columns) if backward else cut(b, columns, depth), factor_M, hidden_MN,
             cut(out_MN, rows, columns // 2), m, n, k, ROWS=rows, COLUMNS=columns, HALF=columns // 2, DEPTH=depth,
             SHIFT=32 - 8 * size, BACKWARD=backward, FLATTEN=tiling.flatten, num_warps=tiling.warps, num_stages=tiling.stages,
             maxnreg=min(255, 2048 // (tiling.warps * tiling.programs)))
 
-    def run_leaky_mlp(n, up, down, onto, out, hidden):
-        launch_leaky_mlp(n, up, hidden, hidden, False, MLP_FORWARD)
-        if onto is None:
-            torch.mm(hidden, down.T, out=out)
+    def allocate_leaky_mlp(parts, scale, up, down, onto):
+        x = parts[0]
+        return (torch.empty_like(x), x.new_empty(*x.shape[:-1], up.shape[0]), torch.empty_like(x) if len(parts) > 1 else x.new_empty(0),
+                x.new_empty(0 if scale is None else x.shape[:-1], dtype=torch.float32))
+
+    def run_leaky_mlp(parts, scale, up, down, onto, out, hidden, h, factor):
+        """The sum is stored twice where the output is added onto one of them: the product with C = 0 copies nothing."""
+        one, factor = len(parts) == 1, None if scale is None else factor
+        if not one or onto or scale is not None:
+            launch_sum(parts, None, scale, None, None if one else h, out if onto else None, factor=factor)
+        launch_leaky_mlp(flat(parts[0] if one else h), up, factor, flat(hidden), flat(hidden), False, MLP_FORWARD)
+        if onto:
+            flat(out).addmm_(flat(hidden), down.T)
         else:
-            torch.addmm(onto, hidden, down.T, out=out)
+            torch.mm(flat(hidden), down.T, out=flat(out))
 
     leaky_mlp_forward = fused_op(
-        "leaky_mlp(Tensor n, Tensor up, Tensor down, Tensor? onto) -> (Tensor, Tensor)",
-        lambda n, up, down, onto: (torch.empty_like(n), n.new_empty(n.shape[0], up.shape[0])), run_leaky_mlp)
+        "leaky_mlp(Tensor[] parts, Tensor? scale, Tensor up, Tensor down, bool onto) -> (Tensor, Tensor, Tensor, Tensor)",
+        allocate_leaky_mlp, run_leaky_mlp)
     leaky_mlp_backward = fused_op(
-        "leaky_mlp_backward(Tensor grad, Tensor down, Tensor hidden) -> Tensor", lambda g, down, hidden: torch.empty_like(hidden),
-        lambda g, down, hidden, out: launch_leaky_mlp(g, down, hidden, out, True, MLP_BACKWARD))
+        "leaky_mlp_backward(Tensor grad, Tensor down, Tensor? factor, Tensor hidden) -> Tensor",
+        lambda g, down, factor, hidden: torch.empty_like(hidden),
+        lambda g, down, factor, hidden, out: launch_leaky_mlp(flat(g), down, factor, flat(hidden), flat(out), True, MLP_BACKWARD))
 
     def save_leaky_mlp(ctx, inputs, output):
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs[:3], output[1])
+        parts, scale, up, down, ctx.onto = inputs
+        ctx.count = len(parts)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(scale, up, down, output[1], parts[0] if ctx.count == 1 else output[2], output[3])
 
-    def grad_leaky_mlp(ctx, grad, _):
-        n, up, down, hidden = ctx.saved_tensors
-        grad = grad.contiguous()
-        before = leaky_mlp_backward(grad, down, hidden)
-        wanted = zip(ctx.needs_input_grad, ((before, up), (before.T, n), (grad.T, hidden)))
-        return *(a @ b if needed else None for needed, (a, b) in wanted), grad if ctx.needs_input_grad[3] else None
+    def grad_leaky_mlp(ctx, grad, *_):
+        scale, up, down, hidden, h, factor = ctx.saved_tensors
+        grad, (_, _, wants_up, wants_down, _) = grad.contiguous(), ctx.needs_input_grad
+        before = leaky_mlp_backward(grad, down, None if scale is None else factor, hidden)
+        dh = (flat(before) @ up).view(h.shape)
+        if scale is not None:
+            dh = sum_backward([h], None, scale, None, factor, grad if ctx.onto else None, dh, None)[0][0]
+        elif ctx.onto:
+            dh = grad + dh
+        return ([dh] * ctx.count, None, flat(before).T @ flat(h) if wants_up else None,
+                flat(grad).T @ flat(hidden) if wants_down else None, None)
 
     leaky_mlp_forward.register_autograd(grad_leaky_mlp, setup_context=save_leaky_mlp)
 
 
-@kernel(leaky_mlp_reference, lambda c, device: tuple(torch.ones(shape, dtype=torch.bfloat16, device=device) for shape in (
-    (1, 64, c.model_dim), (c.mlp_dim, c.model_dim), (c.model_dim, c.mlp_dim), (1, 64, c.model_dim))))
-def leaky_mlp(n_BTD: Tensor, up_MD: Tensor, down_DM: Tensor, onto_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Activation and its gradient inside the matrix products (Triton); only hidden is kept for the backward pass."""
-    flat = lambda t: t.flatten(0, -2).contiguous()
-    out, hidden = leaky_mlp_forward(flat(n_BTD), up_MD.contiguous(), down_DM.contiguous(), None if onto_BTD is None else flat(onto_BTD))
-    return out.view(n_BTD.shape), hidden.view(*n_BTD.shape[:-1], -1)
+@kernel(leaky_mlp_reference, lambda c, device: (
+    tuple(torch.ones(1, 64, c.model_dim, dtype=torch.bfloat16, device=device) for _ in range(2)), torch.ones((), device=device),
+    *(torch.ones(shape, dtype=torch.bfloat16, device=device) for shape in ((c.mlp_dim, c.model_dim), (c.model_dim, c.mlp_dim))), True))
+def leaky_mlp(parts: tuple[Tensor, ...], scale: Tensor | None, up_MD: Tensor, down_DM: Tensor, onto: bool) -> tuple[Tensor, Tensor]:
+    """Activation, its gradient and the norm inside the matrix products (Triton); h and hidden are kept for the backward pass."""
+    return leaky_mlp_forward([x.contiguous() for x in parts], scale, up_MD.contiguous(), down_DM.contiguous(), onto)[:2]
 
 
 def add_all_reference(*parts: Tensor) -> Tensor:
@@ -1750,63 +1996,6 @@ def past_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, keys_BPKd: Te
                    window: int) -> Tensor:
     """The same on any CUDA GPU, wherever `position` on the device says: one CUDA graph serves all positions (Triton)."""
     return past_attention_forward(*(t.contiguous() for t in (q_BTHd, k_BTKd, v_BTKd)), keys_BPKd, values_BPKd, position, window)[0]
-
-
-def blend_reference(x: Tensor, y: Tensor, x_weight_D: Tensor | None, y_weight_D: Tensor) -> Tensor:
-    """x_weight x + y_weight y, summed in float32, in x's precision; x_weight None: 1."""
-    return ((x if x_weight_D is None else x_weight_D * x) + y_weight_D * y).to(x.dtype)
-
-
-if triton is not None:
-    @triton.jit
-    def blend_kernel(x, y, x_weight, y_weight, out, dx, dy, N, D: tl.constexpr, WEIGHED: tl.constexpr, BACKWARD: tl.constexpr,
-                     BLOCK: tl.constexpr):
-        """BLOCK numbers per program. Backward reads the gradient in `out` and fills dy, and dx if x is weighed."""
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        ok, a, b = i < N, 1.0, tl.load(y_weight + i % D)
-        if WEIGHED:
-            a = tl.load(x_weight + i % D)
-        if BACKWARD:
-            g = tl.load(out + i, mask=ok, other=0.0).to(tl.float32)
-            tl.store(dy + i, (b * g).to(dy.dtype.element_ty), mask=ok)
-            if WEIGHED:
-                tl.store(dx + i, (a * g).to(dx.dtype.element_ty), mask=ok)
-        else:
-            total = a * tl.load(x + i, mask=ok, other=0.0).to(tl.float32) + b * tl.load(y + i, mask=ok, other=0.0).to(tl.float32)
-            tl.store(out + i, total.to(out.dtype.element_ty), mask=ok)
-
-    class Blend(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            x, y, x_weight, y_weight = inputs
-            ctx.save_for_backward(*inputs)
-            return Blend.launch(inputs, torch.empty_like(x), x, x, False)
-
-        @staticmethod
-        def launch(inputs, out, dx, dy, backward: bool):
-            x, y, x_weight, y_weight = inputs
-            blend_kernel[(triton.cdiv(x.numel(), 1024),)](
-                x, y, y_weight if x_weight is None else x_weight, y_weight, out, dx, dy, x.numel(), D=x.shape[-1],
-                WEIGHED=x_weight is not None, BACKWARD=backward, BLOCK=1024)
-            return out
-
-        @staticmethod
-        def backward(ctx, grad):
-            x, y, x_weight, y_weight = inputs = ctx.saved_tensors
-            grad = grad.contiguous()
-            dx, dy = grad if x_weight is None else torch.empty_like(x), torch.empty_like(y)
-            Blend.launch(inputs, grad, dx, dy, True)
-            summed = lambda i, t: (grad.float() * t).flatten(0, -2).sum(0) if ctx.needs_input_grad[i] else None
-            return dx, dy, summed(2, x), summed(3, y)
-
-
-
-@kernel(blend_reference, lambda c, device: (
-    *(torch.ones(1, 64, c.model_dim, dtype=torch.bfloat16, device=device) for _ in "xy"),
-    *(torch.ones(c.model_dim, device=device) for _ in "xy")), eager=True)
-def blend(x: Tensor, y: Tensor, x_weight_D: Tensor | None, y_weight_D: Tensor) -> Tensor:
-    """One kernel, and one for the gradients of x and y (Triton)."""
-    return Blend.apply(x.contiguous(), y.contiguous(), x_weight_D, y_weight_D)
 
 
 @torch.no_grad()
@@ -2165,27 +2354,31 @@ class PassShape(NamedTuple):
     attention: str
 
 
-def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: PassAdapters, tap,
-              past: Past | None = None) -> Tensor:
-    """Gated, document-masked attention of the normed input n [B, T, D] -> [B, T, D], output projection and scale included.
+def attention(parts: tuple[Tensor, ...], weights_CD: Tensor | None, w: Layer, segments, rope, shape: PassShape, adapter: PassAdapters,
+              tap, past: Past | None = None) -> tuple[Tensor, Tensor]:
+    """u, the weighted sum of parts [B, T, D], and the gated, document-masked attention of u normed, output projection and scale included.
 
     With a past: the positions before these are read from it; these positions' keys and values are written there.
     """
-    B, T, D = n.shape
-    qkv = linear(n, w.qkv)
-    if adapter.q or adapter.k or adapter.v:
-        parts = qkv.split((D, *[(qkv.shape[-1] - D) // 2] * 2), -1)
-        qkv = torch.cat([a(n, part) if a else part for a, part in zip(adapter[:3], parts)], -1)
-    q, k, v, own = qkv_heads(qkv, w.q_gain, *rope, shape.kv_heads, shape.kv_copies if past is None else 1)
+    B, T, D = parts[0].shape
+    if tap or any(adapter) or shape.gate_kind == "out_proj":
+        u, n = weighted_sum(parts, weights_CD, w.depth_scale)
+        qkv, factor, z = linear(n, w.qkv), None, None
+        if adapter.q or adapter.k or adapter.v:
+            split = qkv.split((D, *[(qkv.shape[-1] - D) // 2] * 2), -1)
+            qkv = torch.cat([a(n, part) if a else part for a, part in zip(adapter[:3], split)], -1)
+        if w.gate is not None:
+            z = F.linear((qkv if shape.gate_kind == "out_proj" else n)[..., : w.gate.shape[1]], w.gate.to(n.dtype))
+    else:
+        u, qkv, factor, z = normed_linear(parts, weights_CD, w.depth_scale, w.qkv, w.gate)
+    q, k, v, own = qkv_heads(qkv, factor, w.q_gain, *rope, shape.kv_heads, shape.kv_copies if past is None else 1)
     if past is not None:
         past.k.index_copy_(1, past.at, k.detach())
         past.v.index_copy_(1, past.at, v.detach())
         y = past_attention(q, k, v, past.k, past.v, past.position, past.window)
     else:
         y = ATTENTION[shape.attention](q, k, v, segments, segments.window if segments else 0)
-    if w.gate is not None:
-        source = qkv if shape.gate_kind == "out_proj" else n
-        z = F.linear(source[..., : w.gate.shape[1]], w.gate.to(n.dtype))
+    if z is not None:
         y = gated_heads(y, own, z, shape.xsa, shape.gate_scale, 2.0 if shape.gate_kind.startswith("out") else 1.0)
     elif shape.xsa:
         y = remove_own_value(y, own)
@@ -2194,15 +2387,19 @@ def attention(n: Tensor, w: Layer, segments, rope, shape: PassShape, adapter: Pa
         tap("attn", n)
         tap("attn.proj", y)
     out = linear(y, w.o)
-    return out if adapter.o is None else adapter.o.rows_times(w.attn_scale)(n, out)
+    return u, out if adapter.o is None else adapter.o.rows_times(w.attn_scale)(n, out)
 
 
-def mlp(n: Tensor, w: Layer, adapter: PassAdapters, tap, onto: Tensor | None = None) -> Tensor:
-    """(onto +) leaky_relu(n Up^T, 0.5)^2 Down^T times mlp_scale."""
-    out, hidden = leaky_mlp(n, w.up, w.down, onto)
+def mlp(parts: tuple[Tensor, ...], w: Layer, adapter: PassAdapters, tap, onto: bool = False) -> Tensor:
+    """With h, the sum of parts, and n, h normed: (h +) leaky_relu(n Up^T, 0.5)^2 Down^T times mlp_scale."""
+    if adapter.mlp is None and not tap:
+        return leaky_mlp(parts, w.depth_scale, w.up, w.down, onto)[0]
+    h, n = weighted_sum(parts, None, w.depth_scale)
+    out, hidden = leaky_mlp((n,), None, w.up, w.down, False)
     if tap:
         tap("mlp.fc", n)
         tap("mlp.proj", hidden)
+    out = h + out if onto else out
     return out if adapter.mlp is None else adapter.mlp.rows_times(w.mlp_scale)(n, out)
 
 
@@ -2216,17 +2413,19 @@ def block(x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip | None, w: Laye
     lane: the MLP lane or None. A U-Net skip is merged into x first. tap(role, input) sees the input of every matrix
     (calibration).
     """
-    dtype = x.dtype
+    dtype, stream, weights = x.dtype, (x,), w.mix
     if skip is not None:
-        keep = None if skip.gate is None else torch.sigmoid(skip.gate)
-        x = blend(x, skip.x, keep, skip.weight if keep is None else skip.weight * (1 - keep))
-    u = blend(x, x0, *w.mix.unbind(0))
-    n = norm(u) * w.depth_scale
-    att = attention(n, w, segments, rope, shape, adapter, tap, past)
+        keep = torch.ones_like(skip.weight) if skip.gate is None else torch.sigmoid(skip.gate)
+        stream, merge = (x, skip.x), torch.stack((keep, skip.weight if skip.gate is None else skip.weight * (1 - keep)))
+        if shape.kind == "lanes":
+            x = weighted_sum(stream, merge, None)[0]
+            stream = (x,)
+        else:
+            weights = torch.cat((merge * w.mix[:1], w.mix[1:]))
+    u, att = attention((*stream, x0), weights, w, segments, rope, shape, adapter, tap, past)
     if shape.kind == "sequential":
-        h = u + att
-        return mlp(norm(h) * w.depth_scale, w, adapter, tap, h), None
-    out = mlp(norm(u if shape.kind == "parallel" else lane) * w.depth_scale, w, adapter, tap)
+        return mlp((u, att), w, adapter, tap, onto=True), None
+    out = mlp((u if shape.kind == "parallel" else lane,), w, adapter, tap)
     if shape.kind == "parallel":
         return u + att + out, None
     keep, add = w.lane_keep, w.lane_add

@@ -96,11 +96,14 @@ def heads_float64(qkv, gain, cos, sin, kv, copies):
 def check_heads(function, device, dtype, tolerance):
     for (B, T, H, K, d, half), copies in zip(HEADS_CASES, (1, 2, 3, 2)):
         qkv, gain, cos, sin = heads_inputs(B, T, H, K, d, half, device, dtype)
+        factor = torch.rand(B, T, generator=torch.Generator().manual_seed(9)).to(device) + 0.5 if copies == 2 else None
         exact = [qkv.double().cpu().requires_grad_(), gain.double().cpu().requires_grad_()]
         expected = heads_float64(*exact, cos.cpu(), sin.cpu(), K, copies)
+        if factor is not None:
+            expected = *expected[:2], *(v * factor.double().cpu()[..., None, None] for v in expected[2:])
         leaves = [qkv.requires_grad_(), gain.requires_grad_()]
         poison(device)
-        out = function(*leaves, cos, sin, K, copies)
+        out = function(leaves[0], factor, leaves[1], cos, sin, K, copies)
         g = torch.Generator().manual_seed(2)
         grads = [torch.randn(t.shape, generator=g).to(dtype) for t in expected]
         for a, b, name in zip(out, expected, ("q", "k", "v", "own")):
@@ -177,24 +180,78 @@ def check_past(function, device, dtype, tolerance):
             near(a.grad, b.grad, tolerance, f"d{name}")
 
 
-def check_blend(function, device, dtype, tolerance):
-    for shape, weighed in (((1, 3, 5), True), ((2, 37, 48), False), ((3, 70, 32), True)):
-        g = torch.Generator().manual_seed(5)
-        x, y = (torch.randn(shape, generator=g).to(dtype).to(device) for _ in "xy")
-        weights = [torch.randn(shape[-1], generator=g).to(device) for _ in "xy"]
-        exact = [t.double().cpu().requires_grad_() for t in (x, y, *weights)]
-        expected = (exact[2] if weighed else 1) * exact[0] + exact[3] * exact[1]
-        leaves = [t.requires_grad_() for t in (x, y, *weights)]
-        poison(device)
-        out = function(x, y, weights[0] if weighed else None, weights[1])
-        near(out, expected.detach(), tolerance, "out")
-        grad = torch.randn(shape, generator=g).to(dtype)
-        out.backward(grad.to(device))
-        expected.backward(grad.double())
-        for a, b in zip(leaves, exact):
+def total_float64(parts, weights, scale):
+    """The weighted sum, and the same normed and scaled."""
+    u = sum(x if weights is None else w * x for w, x in zip(parts if weights is None else weights, parts))
+    return u, None if scale is None else u / (u.square().mean(-1, keepdim=True) + reference.EPS).sqrt() * scale
+
+
+def sum_inputs(count, shape, weighed, device, dtype, seed=5):
+    """Parts whose rows differ in size, and weights."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = torch.logspace(-1, 1, shape[1])[:, None]
+    parts = [(torch.randn(shape, generator=g) * sizes).to(dtype).to(device) for _ in range(count)]
+    return parts, torch.randn(count, shape[-1], generator=g).to(device) if weighed else None
+
+
+def check_gradients(leaves, exact, tolerance):
+    for i, (a, b) in enumerate(zip(leaves, exact)):
+        if b is not None:
             assert (a.grad is None) == (b.grad is None)
             if b.grad is not None:
-                near(a.grad, b.grad, tolerance, "gradient")
+                near(a.grad, b.grad, tolerance, f"gradient {i}")
+
+
+def leaves_of(*tensors):
+    """Leaves that want gradients, and the same in float64 on the CPU; None stays None."""
+    exact = [None if t is None else t.double().cpu().requires_grad_() for t in tensors]
+    return [None if t is None else t.requires_grad_() for t in tensors], exact
+
+
+def check_sum(function, device, dtype, tolerance):
+    """One to three parts, with and without weights and norm; gradients into both results and into either."""
+    for count, shape, weighed, scale, into in ((2, (1, 3, 5), True, None, "u"), (3, (2, 37, 48), True, 0.5, "un"), (2, (3, 70, 32), False, 2.0, "un"),
+                                               (1, (1, 9, 40), False, 0.3, "n"), (3, (1, 17, 24), True, 1.0, "n"), (2, (1, 5, 8), False, 1.0, "u")):
+        parts, weights = sum_inputs(count, shape, weighed, device, dtype)
+        (*parts, weights), (*exact_parts, exact_weights) = leaves, exact = leaves_of(*parts, weights)
+        expected = total_float64(exact_parts, exact_weights, scale)
+        poison(device)
+        out = function(tuple(parts), weights, None if scale is None else torch.tensor(scale, device=device))
+        assert (out[1] is None) == (scale is None)
+        g = torch.Generator().manual_seed(6)
+        for a, b in zip(out, expected):
+            if b is not None:
+                near(a, b.detach(), tolerance, "out")
+        pairs = [(out["un".index(i)], expected["un".index(i)], torch.randn(shape, generator=g).to(dtype)) for i in into]
+        torch.autograd.backward([a for a, _, _ in pairs], [x.to(device) for _, _, x in pairs])
+        torch.autograd.backward([b for _, b, _ in pairs], [x.double() for _, _, x in pairs])
+        check_gradients(leaves, exact, 2 * tolerance)
+
+
+def check_normed_linear(function, device, dtype, tolerance):
+    """The product may come without its rows' factors: together they are exact, and so are the gradients of what reads them so."""
+    for count, shape, outputs, gate_shape, residual in ((2, (1, 3, 8), 16, (2, 3), True), (3, (2, 37, 48), 24, None, True),
+                                                        (2, (1, 70, 32), 40, (4, 32), False), (3, (1, 9, 24), 8, (3, 12), True)):
+        parts, weights = sum_inputs(count, shape, True, device, dtype)
+        g = torch.Generator().manual_seed(8)
+        matrix = (torch.randn(outputs, shape[-1], generator=g) / shape[-1] ** 0.5).to(dtype).to(device)
+        gate = None if gate_shape is None else torch.randn(gate_shape, generator=g).to(device)
+        (*parts, weights, matrix, gate), exact = leaves, (*exact_parts, exact_weights, exact_matrix, exact_gate) = leaves_of(
+            *parts, weights, matrix, gate)
+        u, n = total_float64(exact_parts, exact_weights, 0.7)
+        expected = [u, n @ exact_matrix.T, None if gate is None else n[..., : gate.shape[1]] @ exact_gate.T]
+        poison(device)
+        u, y, factor, z = function(tuple(parts), weights, torch.tensor(0.7, device=device), matrix, gate)
+        assert (z is None) == (gate is None) and (factor is None or not factor.requires_grad)
+        # the gradient of y as its readers give it: of what they do with y * factor, at a fixed factor
+        out = [u, y if factor is None else y * factor[..., None], z]
+        pairs = [(a, b) for a, b in zip(out if residual else out[1:], expected if residual else expected[1:]) if b is not None]
+        for a, b in pairs:
+            near(a, b.detach(), tolerance, "out")
+        grads = [torch.randn(b.shape, generator=g).to(dtype) for _, b in pairs]
+        torch.autograd.backward([a for a, _ in pairs], [x.to(device).to(a.dtype) for x, (a, _) in zip(grads, pairs)])
+        torch.autograd.backward([b for _, b in pairs], [x.double() for x in grads])
+        check_gradients(leaves, exact, 2 * tolerance)
 
 
 def check_adamw(function, device, dtype, tolerance):
@@ -215,31 +272,30 @@ def check_adamw(function, device, dtype, tolerance):
         near(low, exact.detach(), tolerance, "low")
 
 
-def mlp_float64(n, up, down, onto=0):
-    x = n @ up.T
-    hidden = torch.where(x > 0, x, 0.5 * x) ** 2
-    return onto + hidden @ down.T, hidden
-
-
 def check_mlp(function, device, dtype, tolerance):
-    for B, T, D, M in MLP_CASES:
+    """With and without the norm, one part and two, added onto their sum or not."""
+    for (B, T, D, M), count, scale, onto in zip(MLP_CASES * 2, (1, 1, 2, 2, 1, 2, 1, 2), (None, 0.7, 0.7, 0.5, 1.0, None, 0.3, 2.0),
+                                                (False, False, True, False, True, True, False, True)):
         g = torch.Generator().manual_seed(4)
-        inputs = [(torch.randn(*shape, generator=g) / shape[-1] ** 0.5).to(dtype).to(device) for shape in ((B, T, D), (M, D), (D, M))]
-        inputs[0].view(-1, D)[-1] = 0           # a row of zeros: neither sign
-        inputs += [torch.randn(B, T, D, generator=g).to(dtype).to(device)] * (M % 3 == 0)
-        exact = [t.double().cpu().requires_grad_() for t in inputs]
-        expected = mlp_float64(*exact)
-        leaves = [t.requires_grad_() for t in inputs]
+        matrices = [(torch.randn(*shape, generator=g) / shape[-1] ** 0.5).to(dtype).to(device) for shape in ((M, D), (D, M))]
+        parts = [torch.randn(B, T, D, generator=g).to(dtype).to(device) for _ in range(count)]
+        for x in parts:
+            x.view(-1, D)[-1] = 0           # a row of zeros: neither sign
+        leaves, exact = leaves_of(*parts, *matrices)
+        h, n = total_float64(exact[:count], None, scale)
+        x = (h if n is None else n) @ exact[-2].T
+        hidden = torch.where(x > 0, x, 0.5 * x) ** 2
+        expected = (h if onto else 0) + hidden @ exact[-1].T, hidden
         poison(device)
-        out = function(*leaves, *[None] * (4 - len(leaves)))
+        out = function(tuple(leaves[:count]), None if scale is None else torch.tensor(scale, device=device), *leaves[count:], onto)
         assert not out[1].requires_grad
         for a, b, name in zip(out, expected, ("out", "hidden")):
             near(a, b.detach(), tolerance, name)
         grad = torch.randn(out[0].shape, generator=g).to(dtype)
+        grad.view(-1, D)[-1] = 0            # there the norm's slope is 3000, and the rounding of every other row would count for nothing
         out[0].backward(grad.to(device))
         expected[0].backward(grad.double())
-        for a, b, name in zip(leaves, exact, ("n", "up", "down", "onto")):
-            near(a.grad, b.grad, tolerance, f"d{name}")
+        check_gradients(leaves, exact, 2 * tolerance)
 
 
 def check_add(function, device, dtype, tolerance):
@@ -291,8 +347,8 @@ def check_trellis(function, device, dtype, tolerance):
 
 
 CHECKS = {"softcap_ce": check_softcap, "qkv_heads": check_heads, "gated_heads": check_gated, "leaky_mlp": check_mlp,
-          "add_all": check_add, "past_attention": check_past, "blend": check_blend, "adamw": check_adamw,
-          "trellis_block": check_trellis}
+          "add_all": check_add, "past_attention": check_past, "adamw": check_adamw,
+          "trellis_block": check_trellis, "weighted_sum": check_sum, "normed_linear": check_normed_linear}
 
 
 def test_every_kernel_has_a_check():
@@ -326,16 +382,18 @@ def test_triton_kernels_equal_float64_under_the_interpreter():
 
 
 @pytest.mark.skipif(tg.triton is None, reason="Triton is not installed")
-@pytest.mark.parametrize("name", ["softcap_ce", "qkv_heads", "gated_heads", "leaky_mlp"])
+@pytest.mark.parametrize("name", ["softcap_ce", "qkv_heads", "gated_heads", "leaky_mlp", "normed_linear"])
 def test_any_number_of_rows_and_positions_is_one_graph(name):
     """Traced with unknown sizes, a kernel must not pin the first two down: test-time training would compile for each."""
     ones = torch.ones
     inputs = {"softcap_ce": lambda: (ones(37, 50), ones(37, dtype=torch.int64), 30.0),
-              "qkv_heads": lambda: (ones(5, 37, 8 * 16), ones(4), ones(37, 3), ones(37, 3), 2, 2),
+              "qkv_heads": lambda: (ones(5, 37, 8 * 16), None, ones(4), ones(37, 3), ones(37, 3), 2, 2),
               "gated_heads": lambda: (ones(5, 37, 4, 16), ones(5, 37, 2, 16), ones(5, 37, 4), True, 1.0, 1.0),
-              "leaky_mlp": lambda: (ones(5, 37, 16), ones(48, 16), ones(16, 48), ones(5, 37, 16))}[name]()
-    rest = inputs[1:]
-    graph = make_fx(lambda x: tg.KERNELS[name].fast(x, *rest), tracing_mode="symbolic", _allow_non_fake_inputs=True)(inputs[0])
+              "leaky_mlp": lambda: (ones(5, 37, 16), ones(()), ones(48, 16), ones(16, 48), True),
+              "normed_linear": lambda: (ones(5, 37, 16), ones(2, 16), ones(()), ones(24, 16), ones(4, 3))}[name]()
+    rest, parts = inputs[1:], {"leaky_mlp": 2, "normed_linear": 2}.get(name)
+    call = lambda x: tg.KERNELS[name].fast((x,) * parts if parts else x, *rest)
+    graph = make_fx(call, tracing_mode="symbolic", _allow_non_fake_inputs=True)(inputs[0])
     x = next(node for node in graph.graph.nodes if node.op == "placeholder").meta["val"]
     known = x.fake_mode.shape_env.replacements
     free = [size for size in x.shape[: 1 if name == "softcap_ce" else 2] if isinstance(size, torch.SymInt)]
