@@ -206,7 +206,7 @@ class Config:
     eval_time_limit: float = knob(EVAL_BUDGET_SECONDS, "seconds from artifact to score: adapting stops in time for it; 0: none", at_least=0)
     ttt_enabled: bool = knob(False, "test-time training")
     ttt_protocol: str = knob("cached", "read the whole window again for each chunk, or cache it", choices=("published", "cached"))
-    ttt_live_tokens: int = knob(72, "cached: tokens before the chunk that are read again with it", at_least=0)
+    ttt_live_tokens: int = knob(48, "cached: tokens before the chunk that are read again with it", at_least=0)
     phased_ttt_enabled: bool = knob(True, "global phases between batches of documents")
     phased_ttt_prefix_docs: int = knob(2500, "documents before the last global phase", at_least=0)
     phased_ttt_num_phases: int = knob(3, "global phases", at_least=0)

@@ -28,7 +28,7 @@ import torch
 import train_gpt as tg
 
 # chunk, live tokens, learning rate
-GRID = [(24, 72, 2e-4), (24, 48, 2e-4), (24, 24, 2e-4), (24, 120, 2e-4), (16, 48, 2e-4), (32, 64, 2.5e-4), (24, 48, 2.5e-4), (16, 32, 2e-4),
+GRID = [(24, 48, 2e-4), (24, 72, 2e-4), (24, 24, 2e-4), (24, 120, 2e-4), (16, 48, 2e-4), (32, 64, 2.5e-4), (24, 48, 2.5e-4), (16, 32, 2e-4),
         (24, 48, 1.5e-4), (48, 96, 3e-4), (16, 32, 1.5e-4), (32, 48, 2.5e-4), (12, 36, 1.5e-4), (48, 48, 3e-4), (12, 24, 1.5e-4)]
 
 
@@ -188,7 +188,7 @@ def main():
             out.update({f"{name}_bpb": score.bpb, f"{name}_seconds": score.seconds})
     if a.only != "published":
         if a.setting or not a.tune_documents:
-            chunk, live, lr = (a.setting or "24,72,2e-4").split(",")
+            chunk, live, lr = (a.setting or "24,48,2e-4").split(",")
             setting = int(chunk), int(live), float(lr)
         else:
             base, tried = b.plain(tune, windowed=True), []

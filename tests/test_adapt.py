@@ -8,6 +8,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -377,13 +378,14 @@ def attend_to_the_whole_ring(q, k, v, keys, values, position, window):
 
 def attend_by_mask(q, k, v, segments, window=0):
     """attend_sdpa without the host knowing where segments begin."""
-    i = torch.arange(q.shape[1])
+    i, groups = torch.arange(q.shape[1], device=q.device), q.shape[2] // k.shape[2]
     seen = i[:, None] >= i
     if segments:
         which = torch.bucketize(i, segments.cu_seqlens.long(), right=True)
         seen = seen & (which[:, None] == which) & (i[:, None] - i < (window or len(i)))
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2)
+    scores = torch.einsum("bikgd,bjkd->bkgij", q.float().unflatten(2, (-1, groups)), k.float()) * q.shape[3] ** -0.5
+    shares = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("bkgij,bjkd->bikgd", shares, v.float()).flatten(2, 3).to(q.dtype)
 
 
 @pytest.mark.parametrize("name", [name for name in PROTOCOLS if PROTOCOLS[name].get("TTT_PROTOCOL") == "cached"])
@@ -411,15 +413,27 @@ def test_recorded_reading_changes_nothing(monkeypatch, name):
     np.testing.assert_allclose(banked, expected, rtol=0, atol=1e-6)
 
 
-def adapt_on_gpu(monkeypatch, data=DATA, **changes):
-    """toy.adapt on the GPU, and the graphs that it captured, fresh memory counted at every banked chunk."""
-    made, memory, bank = [], [], tg.Reader.adapt
+class OnGpu(NamedTuple):
+    banked: np.ndarray
+    reading: dict           # CUDA graphs of chunks, by key
+    steps: dict             # and of global steps
+    memory: list[int]       # allocated at every banked chunk
+    refused: list[str]      # log lines on captures that failed
+
+
+def adapt_on_gpu(monkeypatch, data=DATA, **changes) -> OnGpu:
+    """toy.adapt on the GPU. attend_sdpa asks the device where segments begin, which a capture of a global step cannot."""
+    made, memory, bank = {}, [], tg.Reader.adapt
+    monkeypatch.setitem(tg.ATTENTION, "sdpa", attend_by_mask)
     monkeypatch.setattr(tg.Reader, "adapt", lambda self, chunk: (bank(self, chunk), memory.append(torch.cuda.memory_allocated())))
-    original = tg.Graphs.__init__
-    monkeypatch.setattr(tg.Graphs, "__init__", lambda self, *rest: (original(self, *rest), made.append(self.graphs))[0])
-    banked = toy.adapt(data, *toy.setting("cuda", **{"TTT_PROTOCOL": "cached", **changes}))[1]
+    for owner in (tg.Reader, tg.GlobalTrainer):
+        def begin(self, *rest, owner=owner, original=owner.__init__):
+            original(self, *rest)
+            made[owner] = self.graphs.graphs
+        monkeypatch.setattr(owner, "__init__", begin)
+    _, banked, _, lines = toy.adapt(data, *toy.setting("cuda", **{"TTT_PROTOCOL": "cached", **changes}))
     monkeypatch.undo()
-    return banked, made[0], memory
+    return OnGpu(banked, made[tg.Reader], made[tg.GlobalTrainer], memory, [line for line in lines if line.startswith("ttt_graphs: no")])
 
 
 @pytest.mark.gpu
@@ -427,31 +441,34 @@ def adapt_on_gpu(monkeypatch, data=DATA, **changes):
                                       dict(TTT_OPTIMIZER="sgd", TTT_BETA1=0.5, TTT_LORA_LR=1), dict(TTT_WARM_START_A=0)])
 def test_graphs_change_nothing(monkeypatch, settings):
     """The same kernels on the same numbers: losses differ by no more than a rounding of a bfloat16 logit (2^-8 of up to 4) that
-    two choices of a library's algorithm may make, and adapting carries on; through phases that change the weights in place."""
+    two choices of a library's algorithm may make, and adapting carries on; through phases that change the weights in place, by
+    steps that are graphs too."""
     data = toy.documents(toy.SIZES * 3)
-    eager, none, _ = adapt_on_gpu(monkeypatch, data, TTT_GRAPHS=0, **settings)
-    replayed, graphs, _ = adapt_on_gpu(monkeypatch, data, **settings)
-    assert not none and len(graphs) > 2
-    np.testing.assert_allclose(replayed, eager, rtol=0, atol=0.05)
-    assert abs(replayed - eager).mean() < 2e-3
+    eager = adapt_on_gpu(monkeypatch, data, TTT_GRAPHS=0, **settings)
+    replayed = adapt_on_gpu(monkeypatch, data, **settings)
+    assert not eager.reading and not eager.steps
+    assert len(replayed.reading) > 2 and replayed.steps, replayed.refused
+    np.testing.assert_allclose(replayed.banked, eager.banked, rtol=0, atol=0.05)
+    assert abs(replayed.banked - eager.banked).mean() < 2e-3
 
 
 @pytest.mark.gpu
 def test_a_token_changes_no_loss_banked_before_it_with_graphs(monkeypatch):
     settings = dict(PHASED_TTT_ENABLED=0, TTT_BATCH_SIZE=10)
-    before, graphs, _ = adapt_on_gpu(monkeypatch, **settings)
+    before = adapt_on_gpu(monkeypatch, **settings)
+    assert len(before.reading) > 2 and not before.steps, before.refused
     start, size = DOCUMENTS[6]
     for at in (start + 20, start + 77):
         tokens = DATA.tokens.copy()
         tokens[at] = 2 + (tokens[at] - 1) % 62
-        after = adapt_on_gpu(monkeypatch, DATA._replace(tokens=tokens), **settings)[0]
-        changed = abs(after - before) > 2e-5
+        after = adapt_on_gpu(monkeypatch, DATA._replace(tokens=tokens), **settings)
+        changed = abs(after.banked - before.banked) > 2e-5
         assert not changed[: at - 1].any() and not changed[start + size:].any() and changed[at - 1: start + size].any()
 
 
 @pytest.mark.gpu
 def test_memory_does_not_grow_with_the_batches(monkeypatch):
-    memory = adapt_on_gpu(monkeypatch, toy.documents((100, 90, 80) * 20), PHASED_TTT_ENABLED=0)[2]
+    memory = adapt_on_gpu(monkeypatch, toy.documents((100, 90, 80) * 20), PHASED_TTT_ENABLED=0).memory
     assert max(memory[len(memory) // 2:]) <= max(memory[: len(memory) // 2])
 
 
