@@ -249,6 +249,7 @@ class Config:
     fused_ce_enabled: bool = knob(True, "fused softcap + cross-entropy kernel")
     kernels_off: str = knob("", "fast kernels to replace by their references (comma list, or all)")
     compile_enabled: bool = knob(True, "torch.compile on CUDA")
+    train_graphs: bool = knob(True, "a CUDA graph of a micro-step's forward and backward")
     deterministic: bool = knob(False, "on CUDA too, one seed always gives the same numbers (as many steps: MAX_WALLCLOCK_SECONDS=0)")
 
     @property
@@ -1278,7 +1279,8 @@ SUM_BLOCKS = (8, 4), (4, 4, 4)      # rows and warps of a program; backward: and
 if triton is not None:
     @triton.jit
     def sum_kernel(parts, weights, scale, gate, out, twin, normed, factor, z, N, eps, D: tl.constexpr, WIDE: tl.constexpr,
-                   COUNT: tl.constexpr, HEADS: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr):
+                   COUNT: tl.constexpr, HEADS: tl.constexpr, HEADS_WIDE: tl.constexpr, WINDOW: tl.constexpr, WINDOW_WIDE: tl.constexpr,
+                   ROWS: tl.constexpr):
         """ROWS rows per program: the sum of parts into `out` and `twin`; what norms it, scale included, into `factor`; the normed
         sum into `normed`, and its product with the HEADS rows of `gate` into z. What is None is left out."""
         row, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
@@ -1298,11 +1300,21 @@ if triton is not None:
             r = tl.rsqrt(tl.sum(u * u, 1) / D + eps) * tl.load(scale)
             if factor is not None:
                 tl.store(factor + row, r, mask=row < N)
-            for h in tl.static_range(HEADS):
-                along = tl.sum(u * tl.load(gate + h * WINDOW + j, mask=j < WINDOW, other=0.0).to(tl.float32)[None, :], 1)
-                tl.store(z + row * HEADS + h, (along * r).to(z.dtype.element_ty), mask=row < N)
             if normed is not None:
                 tl.store(normed + at, (u * r[:, None]).to(normed.dtype.element_ty), mask=ok)
+            if gate is not None:
+                h, k = tl.arange(0, HEADS_WIDE), tl.arange(0, WINDOW_WIDE)
+                short = tl.zeros((ROWS, WINDOW_WIDE), tl.float32)           # the columns that the gate reads, once more
+                for i in tl.static_range(COUNT):
+                    few = (row < N)[:, None] & (k < WINDOW)[None, :]
+                    part = tl.load(parts[i] + row.to(tl.int64)[:, None] * D + k[None, :], mask=few, other=0.0).to(tl.float32)
+                    if weights is not None:
+                        part *= tl.load(weights + i * D + k, mask=k < WINDOW, other=0.0)[None, :]
+                    short += part
+                g = tl.load(gate + h[:, None] * WINDOW + k[None, :], mask=(h < HEADS)[:, None] & (k < WINDOW)[None, :], other=0.0)
+                along = tl.sum(short[:, None, :] * g.to(tl.float32)[None, :, :], 2) * r[:, None]
+                kept = (row < N)[:, None] & (h < HEADS)[None, :]
+                tl.store(z + row[:, None] * HEADS + h[None, :], along.to(z.dtype.element_ty), mask=kept)
 
     @triton.jit
     def sum_backward_kernel(parts, weights, scale, gate, factor, grad, product, dz, dparts, sums, N, D: tl.constexpr, WIDE: tl.constexpr,
@@ -1342,7 +1354,7 @@ if triton is not None:
                 p = tl.load(product + at, mask=ok, other=0.0).to(tl.float32)
                 if APPLIED:
                     p *= r[:, None]
-                for h in tl.static_range(HEADS):
+                for h in tl.static_range(HEADS if dz is not None else 0):
                     share = tl.load(dz + row * HEADS + h, mask=row < N, other=0.0).to(tl.float32) * r
                     p += share[:, None] * tl.load(gate + h * WINDOW + j, mask=j < WINDOW, other=0.0).to(tl.float32)[None, :]
                 root = r / tl.load(scale)
@@ -1367,14 +1379,15 @@ if triton is not None:
                 tl.store(mine + 2 * D, tl.sum(sum2, 0), mask=wide)
 
     def gate_shape(gate):
-        return (0, 1) if gate is None else gate.shape
+        return (1, 1) if gate is None else gate.shape
 
     def launch_sum(parts, weights, scale, gate=None, out=None, twin=None, normed=None, factor=None, z=None):
         d, (heads, window), (rows, warps) = parts[0].shape[-1], gate_shape(gate), SUM_BLOCKS[0]
         n = parts[0].numel() // d
         sum_kernel[(triton.cdiv(n, rows),)](
             tuple(parts), weights, scale, gate, out, twin, normed, factor, z, n, NORM_EPS, D=d, WIDE=triton.next_power_of_2(d),
-            COUNT=len(parts), HEADS=heads, WINDOW=window, ROWS=rows, num_warps=warps)
+            COUNT=len(parts), HEADS=heads, HEADS_WIDE=triton.next_power_of_2(heads), WINDOW=window,
+            WINDOW_WIDE=triton.next_power_of_2(window), ROWS=rows, num_warps=warps)
 
     def launch_sum_backward(parts, weights, scale, gate, factor, grad, product, dz, dparts, dweights=None, applied=False):
         d, (heads, window), (rows, warps, programs) = parts[0].shape[-1], gate_shape(gate), SUM_BLOCKS[1]
@@ -1602,7 +1615,8 @@ if triton is not None:
 
 @kernel(qkv_heads_reference, lambda c, device: (
     torch.ones(1, 64, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, dtype=torch.bfloat16, device=device),
-    torch.ones(1, 64, device=device), torch.ones(c.num_heads, device=device), *rotary_table(64, c, 64, device), c.num_kv_heads, c.num_heads // c.num_kv_heads))
+    torch.ones(1, 64, device=device), torch.ones(c.num_heads, device=device), *rotary_table(64, c, 64, device), c.num_kv_heads,
+    c.num_heads // c.num_kv_heads))
 def qkv_heads(qkv: Tensor, factor_BT: Tensor | None, gain_H: Tensor, cos: Tensor, sin: Tensor, kv_heads: int,
               copies: int) -> tuple[Tensor, ...]:
     """One kernel for norms, rotary embedding and gain of all heads, and one for their gradients (Triton)."""
@@ -2361,7 +2375,7 @@ def attention(parts: tuple[Tensor, ...], weights_CD: Tensor | None, w: Layer, se
     With a past: the positions before these are read from it; these positions' keys and values are written there.
     """
     B, T, D = parts[0].shape
-    if tap or any(adapter) or shape.gate_kind == "out_proj":
+    if tap or any(adapter) or shape.gate_kind in ("full", "out_proj"):
         u, n = weighted_sum(parts, weights_CD, w.depth_scale)
         qkv, factor, z = linear(n, w.qkv), None, None
         if adapter.q or adapter.k or adapter.v:
@@ -2900,6 +2914,73 @@ class Pending(NamedTuple):
     ready: torch.cuda.Event | None
 
 
+class Graphs:
+    """CUDA graphs of functions whose inputs stay where they are: a key's first call is eager, its second captures, later ones
+    replay. All share one pool of memory: a result holds until the next call. Eager always where there is no CUDA."""
+
+    def __init__(self, wanted: bool, log: Callable[[str], None]):
+        self.wanted, self.log, self.seen, self.graphs = wanted, log, set(), {}
+        self.pool = torch.cuda.graph_pool_handle() if wanted else None
+        self.batches: dict[tuple, Batch] = {}
+
+    def hold(self, key: tuple, new: Batch) -> Batch:
+        """The batch where this key's graph will read it."""
+        if not self.wanted:
+            return new
+        if key not in self.batches:
+            self.batches[key] = Batch(new.ids.clone(), new.targets.clone(), new.segments._replace(cu_seqlens=new.segments.cu_seqlens.clone()))
+        held = self.batches[key]
+        for kept, value in zip((held.ids, held.targets, held.segments.cu_seqlens), (new.ids, new.targets, new.segments.cu_seqlens)):
+            kept.copy_(value)
+        return held
+
+    def __call__(self, key: tuple, function: Callable[[], Tensor | tuple[Tensor, ...]]) -> Tensor | tuple[Tensor, ...]:
+        if not self.wanted or key not in self.seen:
+            self.seen.add(key)
+            return function()
+        if key not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                    result = function()
+            except RuntimeError as e:
+                self.wanted = False
+                torch.cuda.set_stream(torch.cuda.default_stream())          # a capture that fails may stay on its own
+                self.log(f"cuda_graphs: none ({(str(e).splitlines() or [''])[0][:100]}): eager from here on")
+                return function()
+            self.graphs[key] = graph, result
+        graph, result = self.graphs[key]
+        graph.replay()
+        return result
+
+
+class MicroStep:
+    """Forward and backward of one micro-batch of `accumulate`; gradients join those that wait in the parameters.
+
+    On CUDA one graph for every number of loops and length of cu_seqlens: a step then does not depend on how fast Python is,
+    and its thousand kernels follow each other without gaps. sdpa asks the processor where documents end: no graph.
+    """
+
+    def __init__(self, model: GPT, accumulate: int, log: Callable[[str], None]):
+        self.model, self.accumulate, self.parameters = model, accumulate, list(model.parameters())
+        self.graphs = Graphs(model.config.train_graphs and model.tok_emb.is_cuda and model.attention_name != "sdpa", log)
+
+    def __call__(self, batch: Batch, loops: int) -> Tensor:
+        """The mean loss / accumulate, detached; it holds until the next call."""
+        key = loops, len(batch.segments.cu_seqlens)
+        held = self.graphs.hold(key, batch)
+
+        def differentiate():
+            loss = self.model.losses(held.ids, held.targets, held.segments, loops).mean() / self.accumulate
+            return loss.detach(), *torch.autograd.grad(loss, self.parameters, allow_unused=True)
+
+        loss, *gradient = self.graphs(key, differentiate)
+        for p, g in zip(self.parameters, gradient):
+            if g is not None:
+                p.grad = (g if self.accumulate == 1 else g.clone()) if p.grad is None else p.grad.add_(g)
+        return loss
+
+
 class Trainer:
     """Owns the weights, their average, the optimizers and the place in the data."""
 
@@ -2909,7 +2990,7 @@ class Trainer:
         self.accumulate, self.micro_tokens = micro_batch(c, world.size)
         for p in model.parameters():
             world.broadcast(p.data)
-        self.optimizers = Optimizers(model, c, world)
+        self.micro_step, self.optimizers = MicroStep(model, self.accumulate, run.log), Optimizers(model, c, world)
         self.ema = [p.detach().clone() for p in model.parameters()]
         self.step, self.pending, self.last_loss = 0, None, float("nan")
 
@@ -2921,10 +3002,7 @@ class Trainer:
         """Forward, backward and update; the results of the step before are checked while this one runs."""
         loss = 0.0
         for _ in range(self.accumulate):
-            batch = batches.next()
-            part = self.model.losses(batch.ids, batch.targets, batch.segments, loops).mean() / self.accumulate
-            part.backward()
-            loss = loss + part.detach()
+            loss = loss + self.micro_step(batches.next(), loops)
         self.optimizers.start_reduce()
         self.settle()
         grad_norm = self.optimizers.step(lr_mul, self.step)
@@ -4691,34 +4769,6 @@ class DocumentAdapters:
             low.copy_(weights.sub_(g if first is None else first.mul_(c.ttt_beta1).add_(g), alpha=c.ttt_lora_lr))
 
 
-class Graphs:
-    """CUDA graphs of functions whose inputs stay where they are: a key's first call is eager, its second captures, later ones
-    replay. All share one pool of memory: a result holds until the next call. Eager always where there is no CUDA."""
-
-    def __init__(self, wanted: bool, log: Callable[[str], None]):
-        self.wanted, self.log, self.seen, self.graphs = wanted, log, set(), {}
-        self.pool = torch.cuda.graph_pool_handle() if wanted else None
-
-    def __call__(self, key: tuple, function: Callable[[], Tensor]) -> Tensor:
-        if not self.wanted or key not in self.seen:
-            self.seen.add(key)
-            return function()
-        if key not in self.graphs:
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                    result = function()
-            except RuntimeError as e:
-                self.wanted = False
-                torch.cuda.set_stream(torch.cuda.default_stream())          # a capture that fails may stay on its own
-                self.log(f"ttt_graphs: no CUDA graph ({(str(e).splitlines() or [''])[0][:100]}): eager from here on")
-                return function()
-            self.graphs[key] = graph, result
-        graph, result = self.graphs[key]
-        graph.replay()
-        return result
-
-
 class Reader:
     """Reads batches of documents chunk by chunk, each document with its own adapter.
 
@@ -4836,8 +4886,8 @@ class GlobalTrainer:
     def __init__(self, run: Run, model: GPT, caps: Tensor | None):
         c = run.config
         self.run, self.model, self.caps, self.parameters = run, model, caps, [*model.parameters(), *([] if caps is None else [caps])]
-        self.graphs = Graphs(c.ttt_graphs and run.world.device.type == "cuda" and not (c.ttt_compile and model.compiled), run.log)
-        self.batches: dict[tuple, Batch] = {}           # the graphs' inputs
+        self.graphs = Graphs(c.ttt_graphs and run.world.device.type == "cuda" and model.attention_name != "sdpa"
+                             and not (c.ttt_compile and model.compiled), run.log)
 
     def __call__(self, tokens: np.ndarray, documents: np.ndarray, out_of_time: Callable[[], bool]):
         """One SGD pass. Chunks of GLOBAL_TTT_CHUNK_TOKENS in the order of reading, all but the last trained on."""
@@ -4889,9 +4939,7 @@ class GlobalTrainer:
         ids, cu = torch.from_numpy(row.astype(np.int64))[None], torch.from_numpy(pad_cu_seqlens(starts, len(row) - 1))
         new = to_device(Batch(ids[:, :-1], ids[:, 1:], Segments(cu, c.eval_seq_len)), self.run.world.device)
         key = len(row), len(cu), lead, count
-        held = self.batches.setdefault(key, new)
-        for kept, value in zip((held.ids, held.targets, held.segments.cu_seqlens), (new.ids, new.targets, new.segments.cu_seqlens)):
-            kept.copy_(value)
+        held = self.graphs.hold(key, new)
 
         def differentiate():
             adapters = None if self.caps is None else Adapters((NO_ADAPTERS,) * len(c.pass_order(c.num_loops)[0]), caps=self.caps)

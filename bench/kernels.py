@@ -38,6 +38,8 @@ BACKWARD = (Tiling(128, 256, 3, 8, flatten=False), Tiling(128, 256, 3, 8), Tilin
             Tiling(256, 128, 3, 8), Tiling(128, 128, 3, 8, 2, False), Tiling(128, 128, 3, 4, 2, False), Tiling(128, 128, 2, 4, 2, False),
             Tiling(128, 128, 4, 8), Tiling(64, 256, 2, 4, 2, False), Tiling(64, 256, 2, 4, 2))
 BLOCKS = ((64, 4), (32, 4), (32, 2), (16, 4), (16, 2), (8, 2), (8, 1))
+SUM_FORWARD = ((4, 4), (8, 4), (8, 8), (4, 2), (2, 1), (16, 8))
+SUM_BACKWARD = ((4, 4, 2), (4, 4, 3), (2, 2, 4), (2, 2, 5), (2, 4, 4), (1, 1, 8), (1, 2, 6), (8, 8, 1), (4, 8, 2))
 
 
 class Job(NamedTuple):
@@ -55,7 +57,7 @@ def random(*shape, device, scale=1.0):
 
 
 def mlp_inputs(c, tokens, device):
-    """n, Up, Down, the gradient of the output, pre-activations and hidden values."""
+    """n, Up, Down, the gradient of the output, pre-activations, hidden values and the rows' factors, which are ones."""
     D, M = c.model_dim, c.mlp_dim
     n, up, down = random(tokens, D, device=device), random(M, D, device=device, scale=D**-0.5), random(D, M, device=device, scale=M**-0.5)
     pre = n @ up.T
@@ -65,21 +67,21 @@ def mlp_inputs(c, tokens, device):
         sign = (x < 0).int() << 16
         bits = F.leaky_relu(x, 0.5).square().view(torch.int32) - sign + (1 << 16)
         hidden[a: a + 8192] = (bits & -(2 << 16) | sign).view(torch.float32)
-    return n, up, down, random(tokens, D, device=device) * 0.1, pre, hidden
+    return n, up, down, random(tokens, D, device=device) * 0.1, pre, hidden, torch.ones(tokens, device=device)
 
 
 def fused_forward(tiling):
-    def call(n, up, down, grad, pre, hidden):
+    def call(n, up, down, grad, pre, hidden, factor):
         out = n.new_empty(len(n), len(up))
-        t.launch_leaky_mlp(n, up, out, out, False, tiling)
+        t.launch_leaky_mlp(n, up, factor, out, out, False, tiling)
         return out
     return call
 
 
 def fused_backward(tiling):
-    def call(n, up, down, grad, pre, hidden):
+    def call(n, up, down, grad, pre, hidden, factor):
         out = torch.empty_like(hidden)
-        t.launch_leaky_mlp(grad, down, hidden, out, True, tiling)
+        t.launch_leaky_mlp(grad, down, factor, hidden, out, True, tiling)
         return out
     return call
 
@@ -90,14 +92,14 @@ label = lambda x: f"{x.rows}x{x.columns} stages {x.stages} warps {x.warps} x{x.p
 
 def whole(pair_call):
     """Forward and backward of the whole MLP with all its matrix products."""
-    def call(n, up, down, grad, pre, hidden):
+    def call(n, up, down, grad, pre, hidden, factor):
         leaves = [x.detach().requires_grad_() for x in (n[None], up, down)]
-        out = pair_call(*leaves, None)[0]
+        out = pair_call((leaves[0],), None, *leaves[1:], False)[0]
         return (out, *torch.autograd.grad(out, leaves, grad[None]))
     return call
 
 
-def exact_whole(n, up, down, grad, pre, hidden):
+def exact_whole(n, up, down, grad, *_):
     leaves = [x.double().requires_grad_() for x in (n[None], up, down)]
     out = F.leaky_relu(leaves[0] @ leaves[1].T, 0.5).square() @ leaves[2].T
     return (out.detach(), *torch.autograd.grad(out, leaves, grad[None].double()))
@@ -106,31 +108,79 @@ def exact_whole(n, up, down, grad, pre, hidden):
 def heads_inputs(c, tokens, device):
     H, K, d = c.num_heads, c.num_kv_heads, c.head_dim
     shapes = ((1, tokens, (H + 2 * K) * d), *((1, tokens, heads, d) for heads in (H, H, H, K)))
-    return (torch.rand(H, device=device) + 1, *t.rotary_table(tokens, c, tokens, device), c.num_kv_heads, H // K,
-            *(random(*shape, device=device) for shape in shapes))
+    return (torch.rand(1, tokens, device=device) + 0.5, torch.rand(H, device=device) + 1, *t.rotary_table(tokens, c, tokens, device),
+            c.num_kv_heads, H // K, *(random(*shape, device=device) for shape in shapes))
 
 
 def heads_way(blocks, backward):
-    def call(gain, cos, sin, kv, copies, x, *grads):
+    def call(factor, gain, cos, sin, kv, copies, x, *grads):
         t.QKV_BLOCKS = (blocks, blocks)
-        return t.qkv_heads_backward(x, gain, cos, sin, kv, copies, *grads)[:1] if backward else t.qkv_heads_forward(
-            x, gain, cos, sin, kv, copies)
+        rest = factor, gain, cos, sin, kv, copies
+        return t.qkv_heads_backward(x, *rest, *grads)[:1] if backward else t.qkv_heads_forward(x, *rest)
     return call
 
 
 def heads_plain(backward, compiled=True):
     run = torch.compile(t.qkv_heads.reference, fullgraph=True) if compiled else t.qkv_heads.reference
 
-    def call(gain, cos, sin, kv, copies, x, *grads):
+    def call(factor, gain, cos, sin, kv, copies, x, *grads):
+        rest = factor, gain, cos, sin, kv, copies
         if not backward:
-            return run(x, gain, cos, sin, kv, copies)
+            return run(x, *rest)
         x = x.detach().requires_grad_()
-        return torch.autograd.grad(run(x, gain, cos, sin, kv, copies), x, grads)
+        return torch.autograd.grad(run(x, *rest), x, grads)
     return call
 
 
 def exactly(function):
     return lambda *inputs: tuple(y.detach() for y in function(*(x.double() if torch.is_tensor(x) else x for x in inputs)))
+
+
+def sum_inputs(c, tokens, device):
+    """Three parts, their weights, scale and gate; the sum, its norm's factors; gradients of the sum, of its product and of the gate's."""
+    D, H, W = c.model_dim, c.num_heads, c.gate_window
+    parts, weights = tuple(random(tokens, D, device=device) for _ in range(3)), torch.rand(3, D, device=device) + 0.5
+    gate, scale = random(H, W, device=device).float(), torch.tensor(0.5, device=device)
+    u = sum(w * x for w, x in zip(weights, parts))
+    factor = (u.square().mean(-1) + t.NORM_EPS).rsqrt() * scale
+    return parts, weights, scale, gate, u.bfloat16(), factor, *(random(tokens, n, device=device) for n in (D, D, H))
+
+
+def sum_forward(blocks):
+    def call(parts, weights, scale, gate, u, factor, *_):
+        t.SUM_BLOCKS = blocks, blocks
+        out = torch.empty_like(u), torch.empty_like(factor), u.new_empty(len(u), len(gate))
+        t.launch_sum(parts, weights, scale, gate, out[0], factor=out[1], z=out[2])
+        return out
+    return call
+
+
+def sum_backward(blocks):
+    def call(parts, weights, scale, gate, u, factor, grad, product, dz):
+        t.SUM_BLOCKS = blocks, blocks
+        dparts, dweights = [torch.empty_like(x) for x in parts], torch.empty_like(weights)
+        t.launch_sum_backward(parts, weights, scale, gate, factor, grad, product, dz, dparts, dweights)
+        return (*dparts, dweights)
+    return call
+
+
+def exact_sum(parts, weights, scale, gate, *_):
+    """Sum, factors, the gate's product and the leaves of all that."""
+    leaves = [x.double().requires_grad_() for x in (*parts, weights)]
+    u = sum(w * x for w, x in zip(leaves[-1], leaves))
+    r = (u.square().mean(-1) + t.NORM_EPS).rsqrt() * scale.double()
+    z = (u * r[:, None])[:, : gate.shape[1]] @ gate.double().T
+    return u, r, z, leaves
+
+
+def exact_sum_forward(*inputs):
+    return tuple(x.detach() for x in exact_sum(*inputs)[:3])
+
+
+def exact_sum_backward(*inputs):
+    u, r, z, leaves = exact_sum(*inputs)
+    grad, product, dz = (x.double() for x in inputs[-3:])
+    return torch.autograd.grad((grad * u).sum() + (product / r.detach()[:, None] * u * r[:, None]).sum() + (dz * z).sum(), leaves)
 
 
 def gated_inputs(c, tokens, device):
@@ -197,7 +247,7 @@ def jobs() -> dict[str, Job]:
              **{label(x): fused_forward(x) for x in FORWARD}}, product, lambda c, n: 2.0 * n * (c.model_dim + c.mlp_dim)),
         "leaky_mlp backward": Job(
             mlp_inputs, lambda n, up, down, grad, *_: (grad.double() @ down.double() * slope(n.double() @ up.double().T),),
-            {"cuBLAS + compiled": lambda n, up, down, grad, pre, hidden: times_slope(grad @ down, pre),
+            {"cuBLAS + compiled": lambda n, up, down, grad, pre, *_: times_slope(grad @ down, pre),
              "cuBLAS alone (another result)": lambda n, up, down, grad, *_: grad @ down,
              **{label(x): fused_backward(x) for x in BACKWARD}}, product, lambda c, n: 2.0 * n * (c.model_dim + 2 * c.mlp_dim)),
         "leaky_mlp whole": Job(mlp_inputs, exact_whole, {"compiled": whole(compiled), "fused": whole(t.leaky_mlp.fast)},
@@ -214,6 +264,10 @@ def jobs() -> dict[str, Job]:
         "gated_heads backward": Job(gated_inputs, exactly(gated_plain(True, False)),
                                     {"compiled": gated_plain(True), **{str(x): gated_way(x, True) for x in BLOCKS}},
                                     lambda c, n: 0.0, lambda c, n: 2.0 * n * (3 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim),
+        "weighted_sum forward": Job(sum_inputs, exact_sum_forward, {str(x): sum_forward(x) for x in SUM_FORWARD},
+                                    lambda c, n: 0.0, lambda c, n: 8.0 * n * c.model_dim),
+        "weighted_sum backward": Job(sum_inputs, exact_sum_backward, {str(x): sum_backward(x) for x in SUM_BACKWARD},
+                                     lambda c, n: 0.0, lambda c, n: 16.0 * n * c.model_dim),
         "attention forward+backward": Job(attention_inputs, exact_attention, {
             "grouped": attention_way(False), "keys and values for every head": attention_way(True)}, lambda c, n: 0.0, lambda c, n: 0.0),
     }

@@ -29,7 +29,7 @@ PURPOSES = (
     ("attention", r"flash|fmha|sdpa|attention|FlashAttn"),
     ("loss", r"softcap_ce|cross_entropy|log_softmax"),
     ("MLP", r"leaky_mlp"),
-    ("elementwise", r"triton_|heads_kernel|add_all|blend_kernel"),
+    ("elementwise", r"triton_|heads_kernel|add_all|^sum_(backward_)?kernel"),
     ("optimizer", r"multi_tensor|foreach|adam|lerp"),
     ("matmul", r"gemm|cutlass|nvjet|xmma|cublas|splitK|wgmma"),
     ("embedding", r"embedding|indexing|index_put|radix|sort"),
@@ -134,6 +134,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=98304, help="tokens of a micro-step")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--together", type=int, default=4, help="micro-steps back to back in one measurement, as in training")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", action="store_true", help="print device time by kernel")
     parser.add_argument("--picture", type=Path, help="draw what the outputs say, and measure nothing")
@@ -163,11 +164,13 @@ def main() -> int:
     optimizers = t.Optimizers(model, config, world)
     ema = [p.detach().clone() for p in model.parameters()]
     batches = [t.to_device(documents(args.tokens, s, config.vocab_size, config.train_seq_len), device) for s in range(4)]
-    turn = iter(range(1 << 30))
+    turn, micro_step = iter(range(1 << 30)), t.MicroStep(model, 1, print)
 
-    def micro(loops: int):
-        b = batches[next(turn) % len(batches)]
-        model.losses(b.ids, b.targets, b.segments, loops).mean().backward()
+    def micro(loops: int, count: int = 1):
+        for _ in range(count):
+            for p in model.parameters():
+                p.grad = None
+            micro_step(batches[next(turn) % len(batches)], loops)
 
     def update():
         optimizers.start_reduce()
@@ -186,14 +189,15 @@ def main() -> int:
     torch.cuda.synchronize()
     compile_seconds = time.perf_counter() - start
     for loops in states * 2:
-        micro(loops)
+        micro(loops, 2 * len(batches))      # every length of cu_seqlens is captured
+    micro(states[0])
     update()
     rows = {loops: [] for loops in states}
     optimizer, averaging = [], []
     torch.cuda.reset_peak_memory_stats()
     for _ in range(args.repeats):
         for loops in states:
-            rows[loops].append(median_ms(lambda n=loops: micro(n), 1))
+            rows[loops].append(median_ms(lambda n=loops: micro(n, args.together), 1) / args.together)
         optimizer.append(median_ms(update, 1))
         averaging.append(median_ms(average, 1))
     peak = torch.cuda.max_memory_allocated() / 2**30

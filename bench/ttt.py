@@ -114,7 +114,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
         score = tg.evaluate_adapted(run, self.model, data, "ttt", time.perf_counter(), 1e9)
         for line in self.lines:
-            if line.startswith(("ttt_graphs", "ttt_non_finite")):
+            if line.startswith(("cuda_graphs", "ttt_non_finite")):
                 print(line, flush=True)
         self.warm_up = sum(float(line.split()[-1].rstrip("s")) for line in self.lines if line.startswith("ttt_warm_up"))
         return score._replace(seconds=score.seconds - self.warm_up)

@@ -344,7 +344,7 @@ def test_a_failed_capture_is_one_line_and_eager_reading(monkeypatch):
     lines, streams, calls = [], [], iter(range(9))
     graphs = tg.Graphs(True, lines.append)
     assert [graphs("key", lambda: next(calls)) for _ in range(4)] == [0, 1, 2, 3]
-    assert lines == ["ttt_graphs: no CUDA graph (operation not permitted): eager from here on"] and streams == ["default"]
+    assert lines == ["cuda_graphs: none (operation not permitted): eager from here on"] and streams == ["default"]
 
 
 class Recorder(TorchDispatchMode):
@@ -433,7 +433,7 @@ def adapt_on_gpu(monkeypatch, data=DATA, **changes) -> OnGpu:
         monkeypatch.setattr(owner, "__init__", begin)
     _, banked, _, lines = toy.adapt(data, *toy.setting("cuda", **{"TTT_PROTOCOL": "cached", **changes}))
     monkeypatch.undo()
-    return OnGpu(banked, made[tg.Reader], made[tg.GlobalTrainer], memory, [line for line in lines if line.startswith("ttt_graphs: no")])
+    return OnGpu(banked, made[tg.Reader], made[tg.GlobalTrainer], memory, [line for line in lines if line.startswith("cuda_graphs: none")])
 
 
 @pytest.mark.gpu
