@@ -1278,11 +1278,11 @@ SUM_BLOCKS = (8, 4), (4, 4, 4)      # rows and warps of a program; backward: and
 
 if triton is not None:
     @triton.jit
-    def sum_kernel(parts, weights, scale, gate, out, twin, normed, factor, z, N, eps, D: tl.constexpr, WIDE: tl.constexpr,
+    def sum_kernel(parts, weights, scale, gate, out, normed, factor, z, N, eps, D: tl.constexpr, WIDE: tl.constexpr,
                    COUNT: tl.constexpr, HEADS: tl.constexpr, HEADS_WIDE: tl.constexpr, WINDOW: tl.constexpr, WINDOW_WIDE: tl.constexpr,
                    ROWS: tl.constexpr):
-        """ROWS rows per program: the sum of parts into `out` and `twin`; what norms it, scale included, into `factor`; the normed
-        sum into `normed`, and its product with the HEADS rows of `gate` into z. What is None is left out."""
+        """ROWS rows per program: the sum of parts into `out`; what norms it, scale included, into `factor`; the normed sum into
+        `normed`, and its product with the HEADS rows of `gate` into z. What is None is left out."""
         row, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
         ok = (row < N)[:, None] & (j < D)[None, :]
         at = row.to(tl.int64)[:, None] * D + j[None, :]
@@ -1294,8 +1294,6 @@ if triton is not None:
             u += part
         if out is not None:
             tl.store(out + at, u.to(out.dtype.element_ty), mask=ok)
-        if twin is not None:
-            tl.store(twin + at, u.to(twin.dtype.element_ty), mask=ok)
         if scale is not None:
             r = tl.rsqrt(tl.sum(u * u, 1) / D + eps) * tl.load(scale)
             if factor is not None:
@@ -1318,10 +1316,11 @@ if triton is not None:
 
     @triton.jit
     def sum_backward_kernel(parts, weights, scale, gate, factor, grad, product, dz, dparts, sums, N, D: tl.constexpr, WIDE: tl.constexpr,
-                            COUNT: tl.constexpr, HEADS: tl.constexpr, WINDOW: tl.constexpr, APPLIED: tl.constexpr, ROWS: tl.constexpr):
+                            COUNT: tl.constexpr, HEADS: tl.constexpr, WINDOW: tl.constexpr, APPLIED: tl.constexpr, NORMED: tl.constexpr,
+                            ROWS: tl.constexpr):
         """The gradient of the sum u is `grad` plus what `product` and dz bring through the norm: product is the gradient of
-        u * factor with respect to u at a fixed factor (APPLIED: with respect to u * factor itself). Weighed, every part's gradient
-        goes to dparts and its weights' share to this program's row of `sums`; else they are one and the same."""
+        n = u * factor with respect to u at a fixed factor (APPLIED: with respect to n). Weighed, every part's gradient goes to dparts
+        and its weights' share to this program's row of `sums`; else they are one and the same. NORMED: the only part is n, not u."""
         j = tl.arange(0, WIDE)
         wide = (j < D)
         w0, w1, w2 = tl.zeros((1, WIDE), tl.float32), tl.zeros((1, WIDE), tl.float32), tl.zeros((1, WIDE), tl.float32)
@@ -1350,7 +1349,9 @@ if triton is not None:
                 x2 = tl.load(parts[2] + at, mask=ok, other=0.0).to(tl.float32)
                 u += x2 if weights is None else w2 * x2
             if product is not None:
-                r = tl.load(factor + row, mask=row < N, other=0.0)
+                r = tl.load(factor + row, mask=row < N, other=1.0)
+                if NORMED:
+                    u /= r[:, None]
                 p = tl.load(product + at, mask=ok, other=0.0).to(tl.float32)
                 if APPLIED:
                     p *= r[:, None]
@@ -1381,15 +1382,15 @@ if triton is not None:
     def gate_shape(gate):
         return (1, 1) if gate is None else gate.shape
 
-    def launch_sum(parts, weights, scale, gate=None, out=None, twin=None, normed=None, factor=None, z=None):
+    def launch_sum(parts, weights, scale, gate=None, out=None, normed=None, factor=None, z=None):
         d, (heads, window), (rows, warps) = parts[0].shape[-1], gate_shape(gate), SUM_BLOCKS[0]
         n = parts[0].numel() // d
         sum_kernel[(triton.cdiv(n, rows),)](
-            tuple(parts), weights, scale, gate, out, twin, normed, factor, z, n, NORM_EPS, D=d, WIDE=triton.next_power_of_2(d),
+            tuple(parts), weights, scale, gate, out, normed, factor, z, n, NORM_EPS, D=d, WIDE=triton.next_power_of_2(d),
             COUNT=len(parts), HEADS=heads, HEADS_WIDE=triton.next_power_of_2(heads), WINDOW=window,
             WINDOW_WIDE=triton.next_power_of_2(window), ROWS=rows, num_warps=warps)
 
-    def launch_sum_backward(parts, weights, scale, gate, factor, grad, product, dz, dparts, dweights=None, applied=False):
+    def launch_sum_backward(parts, weights, scale, gate, factor, grad, product, dz, dparts, dweights=None, applied=False, normed=False):
         d, (heads, window), (rows, warps, programs) = parts[0].shape[-1], gate_shape(gate), SUM_BLOCKS[1]
         n = parts[0].numel() // d
         if parts[0].is_cuda:
@@ -1398,7 +1399,8 @@ if triton is not None:
         sums = None if dweights is None else dweights.new_empty(programs, *dweights.shape)
         sum_backward_kernel[(programs,)](
             tuple(parts), weights, scale, gate, factor, grad, product, dz, tuple(dparts), sums, n, D=d, WIDE=triton.next_power_of_2(d),
-            COUNT=len(parts), HEADS=heads, WINDOW=window, APPLIED=applied, ROWS=rows, num_warps=warps)
+            COUNT=len(parts), HEADS=heads, WINDOW=window, APPLIED=applied, NORMED=normed, ROWS=rows,
+            num_warps=warps)
         if sums is not None:
             torch.sum(sums, 0, out=dweights)
 
@@ -1455,11 +1457,12 @@ if triton is not None:
         "normed_linear(Tensor[] parts, Tensor? weights, Tensor scale, Tensor matrix, Tensor? gate) -> (Tensor, Tensor, Tensor, Tensor)",
         allocate_normed_linear, run_normed_linear)
     sum_backward = fused_op(
-        "sum_backward(Tensor[] parts, Tensor? weights, Tensor scale, Tensor? gate, Tensor factor, Tensor? grad, Tensor product, Tensor? dz)"
-        " -> (Tensor[], Tensor)",
+        "sum_backward(Tensor[] parts, Tensor? weights, Tensor scale, Tensor? gate, Tensor factor, Tensor? grad, Tensor product, Tensor? dz,"
+        " bool normed) -> (Tensor[], Tensor)",
         lambda parts, weights, *_: ([torch.empty_like(x) for x in (parts[:1] if weights is None else parts)],
                                     parts[0].new_empty(0) if weights is None else torch.empty_like(weights)),
-        lambda parts, weights, *rest: launch_sum_backward(parts, weights, *rest[:-1], None if weights is None else rest[-1]))
+        lambda parts, weights, scale, gate, factor, grad, product, dz, normed, dparts, dweights: launch_sum_backward(
+            parts, weights, scale, gate, factor, grad, product, dz, dparts, None if weights is None else dweights, normed, normed))
 
     def save_normed_linear(ctx, inputs, output):
         parts, weights, scale, matrix, gate = inputs
@@ -1472,7 +1475,7 @@ if triton is not None:
         grad, dy, dz = (g if g is None else g.contiguous() for g in (grad, dy, dz if gate is not None else None))
         dgate = None if dz is None else (flat((dz * factor[..., None]).to(u.dtype)).T @ flat(u)[:, : gate.shape[1]]).to(gate.dtype)
         product = (flat(dy) @ matrix).view(u.shape)
-        dparts, dweights = sum_backward(parts, weights, scale, None if dz is None else gate, factor, grad, product, dz)
+        dparts, dweights = sum_backward(parts, weights, scale, None if dz is None else gate, factor, grad, product, dz, False)
         if weights is None:
             dparts, dweights = dparts * len(parts), None
         return dparts, dweights, None, flat(dy).T @ flat(u), dgate
@@ -1719,6 +1722,7 @@ class Tiling(NamedTuple):
     warps: int
     programs: int = 1
     flatten: bool = True        # one loop over tiles and depth: the next tile's loads run during the epilogue
+    tma: bool = False
 
 
 MLP_FORWARD, MLP_BACKWARD = Tiling(128, 128, 3, 4, 2), Tiling(128, 128, 3, 4, 2, flatten=False)
@@ -1738,17 +1742,20 @@ if triton is not None:
         return tl.sqrt(h) * (2 - 3 * (h.to(tl.int32, bitcast=True) >> SHIFT & 1)).to(tl.float32)
 
     @triton.jit
-    def leaky_mlp_kernel(a, b, factor, hidden, out, M, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr,
-                         DEPTH: tl.constexpr, SHIFT: tl.constexpr, BACKWARD: tl.constexpr, FLATTEN: tl.constexpr):
+    def leaky_mlp_kernel(a, b, hidden, out, M, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr,
+                         DEPTH: tl.constexpr, SHIFT: tl.constexpr, BACKWARD: tl.constexpr, FLATTEN: tl.constexpr, TMA: tl.constexpr):
         """Persistent product of a [M, K] with b^T (b [N, K]; backward: b [K, N]), its epilogue in half tiles. Forward
-        stores square_leaky of it, its rows times `factor`; backward stores it times the slope that `hidden`, loaded early where
-        that fits, and `factor` tell."""
+        stores square_leaky of it; backward stores it times the slope that `hidden` tells, loaded early where that fits."""
         across = tl.cdiv(N, COLUMNS)
         for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS) * across, tl.num_programs(0), flatten=FLATTEN):
             row, column = tile // across * ROWS, tile % across * COLUMNS
             i, j = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, HALF)[None, :]
-            at = hidden + i.to(tl.int64) * N + j
-            if BACKWARD and not FLATTEN:
+            if BACKWARD and not TMA:
+                at = hidden + i.to(tl.int64) * N + j
+            if BACKWARD and TMA and not FLATTEN:
+                h_left = hidden.load([row, column])
+                h_right = hidden.load([row, column + HALF])
+            if BACKWARD and not FLATTEN and not TMA:
                 h_left = tl.load(at, mask=(i < M) & (j < N), other=0.0)
                 h_right = tl.load(at + HALF, mask=(i < M) & (j + HALF < N), other=0.0)
             total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -1758,11 +1765,12 @@ if triton is not None:
                 else:
                     y = b.load([column, k]).T
                 total = tl.dot(a.load([row, k]), y, total, input_precision="ieee")
-            if factor is not None:
-                total *= tl.load(factor + i, mask=i < M, other=0.0)
             left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, HALF)), (0, 2, 1)))
             if BACKWARD:
-                if FLATTEN:
+                if FLATTEN and TMA:
+                    h_left = hidden.load([row, column])
+                    h_right = hidden.load([row, column + HALF])
+                if FLATTEN and not TMA:
                     h_left = tl.load(at, mask=(i < M) & (j < N), other=0.0)
                     h_right = tl.load(at + HALF, mask=(i < M) & (j + HALF < N), other=0.0)
                 out.store([row, column], (left * square_leaky_slope(h_left, SHIFT)).to(out.dtype))
@@ -1771,7 +1779,7 @@ if triton is not None:
                 out.store([row, column], square_leaky(left, SHIFT).to(out.dtype))
                 out.store([row, column + HALF], square_leaky(right, SHIFT).to(out.dtype))
 
-    def launch_leaky_mlp(a_MK, b, factor_M, hidden_MN, out_MN, backward, tiling):
+    def launch_leaky_mlp(a_MK, b, hidden_MN, out_MN, backward, tiling):
         """Tensors reach the kernel as descriptors for TMA (Hopper and later): rows of multiples of 16 bytes."""
         (m, n), k, size = out_MN.shape, a_MK.shape[1], a_MK.element_size()
         rows, columns, depth = tiling.rows, tiling.columns * 2 // size, 128 // size
@@ -1781,22 +1789,28 @@ if triton is not None:
             raise RuntimeError("no TMA: tiles through pointers would be slower than cuBLAS")
         processors = chip.multi_processor_count if chip else 1
         leaky_mlp_kernel[(min(processors * tiling.programs, triton.cdiv(m, rows) * triton.cdiv(n, columns)),)](
-            cut(a_MK, rows, depth), cut(b, depth, columns) if backward else cut(b, columns, depth), factor_M, hidden_MN,
+            cut(a_MK, rows, depth), cut(b, depth, columns) if backward else cut(b, columns, depth),
+            cut(hidden_MN, rows, columns // 2) if tiling.tma else hidden_MN,
             cut(out_MN, rows, columns // 2), m, n, k, ROWS=rows, COLUMNS=columns, HALF=columns // 2, DEPTH=depth,
-            SHIFT=32 - 8 * size, BACKWARD=backward, FLATTEN=tiling.flatten, num_warps=tiling.warps, num_stages=tiling.stages,
+            SHIFT=32 - 8 * size, BACKWARD=backward, FLATTEN=tiling.flatten, TMA=tiling.tma, num_warps=tiling.warps, num_stages=tiling.stages,
             maxnreg=min(255, 2048 // (tiling.warps * tiling.programs)))
 
     def allocate_leaky_mlp(parts, scale, up, down, onto):
-        x = parts[0]
-        return (torch.empty_like(x), x.new_empty(*x.shape[:-1], up.shape[0]), torch.empty_like(x) if len(parts) > 1 else x.new_empty(0),
+        x, alone = parts[0], scale is None and len(parts) == 1
+        return (torch.empty_like(x), x.new_empty(*x.shape[:-1], up.shape[0]), x.new_empty(0) if alone else torch.empty_like(x),
                 x.new_empty(0 if scale is None else x.shape[:-1], dtype=torch.float32))
 
-    def run_leaky_mlp(parts, scale, up, down, onto, out, hidden, h, factor):
-        """The sum is stored twice where the output is added onto one of them: the product with C = 0 copies nothing."""
-        one, factor = len(parts) == 1, None if scale is None else factor
-        if not one or onto or scale is not None:
-            launch_sum(parts, None, scale, None, None if one else h, out if onto else None, factor=factor)
-        launch_leaky_mlp(flat(parts[0] if one else h), up, factor, flat(hidden), flat(hidden), False, MLP_FORWARD)
+    def run_leaky_mlp(parts, scale, up, down, onto, out, hidden, n, factor):
+        """The product is added onto the sum in place: a sum elsewhere would be copied first."""
+        if scale is not None:
+            launch_sum(parts, None, scale, out=out if onto else None, normed=n, factor=factor)
+        elif len(parts) > 1:
+            launch_sum(parts, None, None, out=n)
+        else:
+            n = parts[0]
+        if onto and scale is None:
+            out.copy_(n)
+        launch_leaky_mlp(flat(n), up, flat(hidden), flat(hidden), False, MLP_FORWARD)
         if onto:
             flat(out).addmm_(flat(hidden), down.T)
         else:
@@ -1806,26 +1820,25 @@ if triton is not None:
         "leaky_mlp(Tensor[] parts, Tensor? scale, Tensor up, Tensor down, bool onto) -> (Tensor, Tensor, Tensor, Tensor)",
         allocate_leaky_mlp, run_leaky_mlp)
     leaky_mlp_backward = fused_op(
-        "leaky_mlp_backward(Tensor grad, Tensor down, Tensor? factor, Tensor hidden) -> Tensor",
-        lambda g, down, factor, hidden: torch.empty_like(hidden),
-        lambda g, down, factor, hidden, out: launch_leaky_mlp(flat(g), down, factor, flat(hidden), flat(out), True, MLP_BACKWARD))
+        "leaky_mlp_backward(Tensor grad, Tensor down, Tensor hidden) -> Tensor", lambda g, down, hidden: torch.empty_like(hidden),
+        lambda g, down, hidden, out: launch_leaky_mlp(flat(g), down, flat(hidden), flat(out), True, MLP_BACKWARD))
 
     def save_leaky_mlp(ctx, inputs, output):
         parts, scale, up, down, ctx.onto = inputs
-        ctx.count = len(parts)
+        ctx.count, alone = len(parts), scale is None and len(parts) == 1
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(scale, up, down, output[1], parts[0] if ctx.count == 1 else output[2], output[3])
+        ctx.save_for_backward(scale, up, down, output[1], parts[0] if alone else output[2], output[3])
 
     def grad_leaky_mlp(ctx, grad, *_):
-        scale, up, down, hidden, h, factor = ctx.saved_tensors
+        scale, up, down, hidden, n, factor = ctx.saved_tensors
         grad, (_, _, wants_up, wants_down, _) = grad.contiguous(), ctx.needs_input_grad
-        before = leaky_mlp_backward(grad, down, None if scale is None else factor, hidden)
-        dh = (flat(before) @ up).view(h.shape)
+        before = leaky_mlp_backward(grad, down, hidden)
+        dh = (flat(before) @ up).view(n.shape)
         if scale is not None:
-            dh = sum_backward([h], None, scale, None, factor, grad if ctx.onto else None, dh, None)[0][0]
+            dh = sum_backward([n], None, scale, None, factor, grad if ctx.onto else None, dh, None, True)[0][0]
         elif ctx.onto:
             dh = grad + dh
-        return ([dh] * ctx.count, None, flat(before).T @ flat(h) if wants_up else None,
+        return ([dh] * ctx.count, None, flat(before).T @ flat(n) if wants_up else None,
                 flat(grad).T @ flat(hidden) if wants_down else None, None)
 
     leaky_mlp_forward.register_autograd(grad_leaky_mlp, setup_context=save_leaky_mlp)
@@ -1835,7 +1848,7 @@ if triton is not None:
     tuple(torch.ones(1, 64, c.model_dim, dtype=torch.bfloat16, device=device) for _ in range(2)), torch.ones((), device=device),
     *(torch.ones(shape, dtype=torch.bfloat16, device=device) for shape in ((c.mlp_dim, c.model_dim), (c.model_dim, c.mlp_dim))), True))
 def leaky_mlp(parts: tuple[Tensor, ...], scale: Tensor | None, up_MD: Tensor, down_DM: Tensor, onto: bool) -> tuple[Tensor, Tensor]:
-    """Activation, its gradient and the norm inside the matrix products (Triton); h and hidden are kept for the backward pass."""
+    """Activation and its gradient inside the matrix products (Triton); only n and hidden are kept for the backward pass."""
     return leaky_mlp_forward([x.contiguous() for x in parts], scale, up_MD.contiguous(), down_DM.contiguous(), onto)[:2]
 
 
@@ -2928,7 +2941,8 @@ class Graphs:
         if not self.wanted:
             return new
         if key not in self.batches:
-            self.batches[key] = Batch(new.ids.clone(), new.targets.clone(), new.segments._replace(cu_seqlens=new.segments.cu_seqlens.clone()))
+            self.batches[key] = Batch(new.ids.clone(), new.targets.clone(),
+                                      new.segments._replace(cu_seqlens=new.segments.cu_seqlens.clone()))
         held = self.batches[key]
         for kept, value in zip((held.ids, held.targets, held.segments.cu_seqlens), (new.ids, new.targets, new.segments.cu_seqlens)):
             kept.copy_(value)
@@ -2954,16 +2968,21 @@ class Graphs:
         return result
 
 
+def is_capturable(model: GPT) -> bool:
+    """Can packed rows go through the model in a CUDA graph? sdpa asks the processor where documents end."""
+    return model.tok_emb.is_cuda and ATTENTION[model.attention_name] is not attend_sdpa
+
+
 class MicroStep:
     """Forward and backward of one micro-batch of `accumulate`; gradients join those that wait in the parameters.
 
     On CUDA one graph for every number of loops and length of cu_seqlens: a step then does not depend on how fast Python is,
-    and its thousand kernels follow each other without gaps. sdpa asks the processor where documents end: no graph.
+    and its thousand kernels follow each other without gaps.
     """
 
     def __init__(self, model: GPT, accumulate: int, log: Callable[[str], None]):
         self.model, self.accumulate, self.parameters = model, accumulate, list(model.parameters())
-        self.graphs = Graphs(model.config.train_graphs and model.tok_emb.is_cuda and model.attention_name != "sdpa", log)
+        self.graphs = Graphs(model.config.train_graphs and is_capturable(model), log)
 
     def __call__(self, batch: Batch, loops: int) -> Tensor:
         """The mean loss / accumulate, detached; it holds until the next call."""
@@ -4886,8 +4905,7 @@ class GlobalTrainer:
     def __init__(self, run: Run, model: GPT, caps: Tensor | None):
         c = run.config
         self.run, self.model, self.caps, self.parameters = run, model, caps, [*model.parameters(), *([] if caps is None else [caps])]
-        self.graphs = Graphs(c.ttt_graphs and run.world.device.type == "cuda" and model.attention_name != "sdpa"
-                             and not (c.ttt_compile and model.compiled), run.log)
+        self.graphs = Graphs(c.ttt_graphs and is_capturable(model) and not (c.ttt_compile and model.compiled), run.log)
 
     def __call__(self, tokens: np.ndarray, documents: np.ndarray, out_of_time: Callable[[], bool]):
         """One SGD pass. Chunks of GLOBAL_TTT_CHUNK_TOKENS in the order of reading, all but the last trained on."""

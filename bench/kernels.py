@@ -34,9 +34,9 @@ Tiling = t.Tiling
 FORWARD = (Tiling(128, 256, 3, 8), Tiling(128, 256, 4, 8), Tiling(128, 256, 3, 8, flatten=False), Tiling(256, 128, 3, 8),
            Tiling(256, 128, 4, 8), Tiling(256, 128, 3, 8, flatten=False), Tiling(128, 128, 4, 8), Tiling(128, 128, 3, 4, 2),
            Tiling(128, 128, 3, 4, 2, False), Tiling(128, 128, 3, 8, 2, False), Tiling(64, 256, 2, 4, 2))
-BACKWARD = (Tiling(128, 256, 3, 8, flatten=False), Tiling(128, 256, 3, 8), Tiling(256, 128, 3, 8, flatten=False),
-            Tiling(256, 128, 3, 8), Tiling(128, 128, 3, 8, 2, False), Tiling(128, 128, 3, 4, 2, False), Tiling(128, 128, 2, 4, 2, False),
-            Tiling(128, 128, 4, 8), Tiling(64, 256, 2, 4, 2, False), Tiling(64, 256, 2, 4, 2))
+BACKWARD = tuple(x._replace(tma=tma) for x in (
+    Tiling(128, 128, 3, 4, 2, False), Tiling(128, 128, 3, 8, 2, False), Tiling(128, 256, 3, 8), Tiling(128, 256, 3, 8, flatten=False),
+    Tiling(256, 128, 3, 8), Tiling(256, 128, 3, 8, flatten=False), Tiling(128, 128, 2, 4, 2), Tiling(128, 128, 2, 4, 2, False)) for tma in (0, 1))
 BLOCKS = ((64, 4), (32, 4), (32, 2), (16, 4), (16, 2), (8, 2), (8, 1))
 SUM_FORWARD = ((4, 4), (8, 4), (8, 8), (4, 2), (2, 1), (16, 8))
 SUM_BACKWARD = ((4, 4, 2), (4, 4, 3), (2, 2, 4), (2, 2, 5), (2, 4, 4), (1, 1, 8), (1, 2, 6), (8, 8, 1), (4, 8, 2))
@@ -57,7 +57,7 @@ def random(*shape, device, scale=1.0):
 
 
 def mlp_inputs(c, tokens, device):
-    """n, Up, Down, the gradient of the output, pre-activations, hidden values and the rows' factors, which are ones."""
+    """n, Up, Down, the gradient of the output, pre-activations and hidden values."""
     D, M = c.model_dim, c.mlp_dim
     n, up, down = random(tokens, D, device=device), random(M, D, device=device, scale=D**-0.5), random(D, M, device=device, scale=M**-0.5)
     pre = n @ up.T
@@ -67,32 +67,32 @@ def mlp_inputs(c, tokens, device):
         sign = (x < 0).int() << 16
         bits = F.leaky_relu(x, 0.5).square().view(torch.int32) - sign + (1 << 16)
         hidden[a: a + 8192] = (bits & -(2 << 16) | sign).view(torch.float32)
-    return n, up, down, random(tokens, D, device=device) * 0.1, pre, hidden, torch.ones(tokens, device=device)
+    return n, up, down, random(tokens, D, device=device) * 0.1, pre, hidden
 
 
 def fused_forward(tiling):
-    def call(n, up, down, grad, pre, hidden, factor):
+    def call(n, up, down, grad, pre, hidden):
         out = n.new_empty(len(n), len(up))
-        t.launch_leaky_mlp(n, up, factor, out, out, False, tiling)
+        t.launch_leaky_mlp(n, up, out, out, False, tiling)
         return out
     return call
 
 
 def fused_backward(tiling):
-    def call(n, up, down, grad, pre, hidden, factor):
+    def call(n, up, down, grad, pre, hidden):
         out = torch.empty_like(hidden)
-        t.launch_leaky_mlp(grad, down, factor, hidden, out, True, tiling)
+        t.launch_leaky_mlp(grad, down, hidden, out, True, tiling)
         return out
     return call
 
 
 slope = lambda x: torch.where(x > 0, 2 * x, 0.5 * x)
-label = lambda x: f"{x.rows}x{x.columns} stages {x.stages} warps {x.warps} x{x.programs}{' flat' if x.flatten else ''}"
+label = lambda x: f"{x.rows}x{x.columns} stages {x.stages} warps {x.warps} x{x.programs}{' flat' if x.flatten else ''}{' tma' if x.tma else ''}"
 
 
 def whole(pair_call):
     """Forward and backward of the whole MLP with all its matrix products."""
-    def call(n, up, down, grad, pre, hidden, factor):
+    def call(n, up, down, grad, pre, hidden):
         leaves = [x.detach().requires_grad_() for x in (n[None], up, down)]
         out = pair_call((leaves[0],), None, *leaves[1:], False)[0]
         return (out, *torch.autograd.grad(out, leaves, grad[None]))
