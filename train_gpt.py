@@ -1721,11 +1721,9 @@ class Tiling(NamedTuple):
     stages: int
     warps: int
     programs: int = 1
-    flatten: bool = True        # one loop over tiles and depth: the next tile's loads run during the epilogue
-    tma: bool = False
 
 
-MLP_FORWARD, MLP_BACKWARD = Tiling(128, 128, 3, 4, 2), Tiling(128, 128, 3, 4, 2, flatten=False)
+MLP_FORWARD, MLP_BACKWARD = Tiling(128, 128, 3, 4, 2), Tiling(128, 256, 3, 8)
 
 if triton is not None:
     @triton.jit
@@ -1743,21 +1741,12 @@ if triton is not None:
 
     @triton.jit
     def leaky_mlp_kernel(a, b, hidden, out, M, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr,
-                         DEPTH: tl.constexpr, SHIFT: tl.constexpr, BACKWARD: tl.constexpr, FLATTEN: tl.constexpr, TMA: tl.constexpr):
-        """Persistent product of a [M, K] with b^T (b [N, K]; backward: b [K, N]), its epilogue in half tiles. Forward
-        stores square_leaky of it; backward stores it times the slope that `hidden` tells, loaded early where that fits."""
+                         DEPTH: tl.constexpr, SHIFT: tl.constexpr, BACKWARD: tl.constexpr):
+        """Persistent product of a [M, K] with b^T (b [N, K]; backward: b [K, N]), its epilogue in half tiles while the next tile's
+        loads run. Forward stores square_leaky of it; backward stores it times the slope that `hidden` tells."""
         across = tl.cdiv(N, COLUMNS)
-        for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS) * across, tl.num_programs(0), flatten=FLATTEN):
+        for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS) * across, tl.num_programs(0), flatten=True):
             row, column = tile // across * ROWS, tile % across * COLUMNS
-            i, j = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, HALF)[None, :]
-            if BACKWARD and not TMA:
-                at = hidden + i.to(tl.int64) * N + j
-            if BACKWARD and TMA and not FLATTEN:
-                h_left = hidden.load([row, column])
-                h_right = hidden.load([row, column + HALF])
-            if BACKWARD and not FLATTEN and not TMA:
-                h_left = tl.load(at, mask=(i < M) & (j < N), other=0.0)
-                h_right = tl.load(at + HALF, mask=(i < M) & (j + HALF < N), other=0.0)
             total = tl.zeros((ROWS, COLUMNS), tl.float32)
             for k in range(0, K, DEPTH):
                 if BACKWARD:
@@ -1767,12 +1756,7 @@ if triton is not None:
                 total = tl.dot(a.load([row, k]), y, total, input_precision="ieee")
             left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, HALF)), (0, 2, 1)))
             if BACKWARD:
-                if FLATTEN and TMA:
-                    h_left = hidden.load([row, column])
-                    h_right = hidden.load([row, column + HALF])
-                if FLATTEN and not TMA:
-                    h_left = tl.load(at, mask=(i < M) & (j < N), other=0.0)
-                    h_right = tl.load(at + HALF, mask=(i < M) & (j + HALF < N), other=0.0)
+                h_left, h_right = hidden.load([row, column]), hidden.load([row, column + HALF])
                 out.store([row, column], (left * square_leaky_slope(h_left, SHIFT)).to(out.dtype))
                 out.store([row, column + HALF], (right * square_leaky_slope(h_right, SHIFT)).to(out.dtype))
             else:
@@ -1789,10 +1773,9 @@ if triton is not None:
             raise RuntimeError("no TMA: tiles through pointers would be slower than cuBLAS")
         processors = chip.multi_processor_count if chip else 1
         leaky_mlp_kernel[(min(processors * tiling.programs, triton.cdiv(m, rows) * triton.cdiv(n, columns)),)](
-            cut(a_MK, rows, depth), cut(b, depth, columns) if backward else cut(b, columns, depth),
-            cut(hidden_MN, rows, columns // 2) if tiling.tma else hidden_MN,
+            cut(a_MK, rows, depth), cut(b, depth, columns) if backward else cut(b, columns, depth), cut(hidden_MN, rows, columns // 2),
             cut(out_MN, rows, columns // 2), m, n, k, ROWS=rows, COLUMNS=columns, HALF=columns // 2, DEPTH=depth,
-            SHIFT=32 - 8 * size, BACKWARD=backward, FLATTEN=tiling.flatten, TMA=tiling.tma, num_warps=tiling.warps, num_stages=tiling.stages,
+            SHIFT=32 - 8 * size, BACKWARD=backward, num_warps=tiling.warps, num_stages=tiling.stages,
             maxnreg=min(255, 2048 // (tiling.warps * tiling.programs)))
 
     def allocate_leaky_mlp(parts, scale, up, down, onto):
@@ -5250,6 +5233,7 @@ def preflight(run: Run) -> Inputs:
 def train(run: Run, model: GPT, inputs: Inputs) -> dict[str, Tensor]:
     """Warm up, train, save the EMA weights; leaves them in the model and returns them under their file names."""
     c, trainer = run.config, Trainer(run, model, inputs.shards)
+    reset_peak_memory(run.world.device)         # before the warm-up: what a CUDA graph holds is counted when it is captured
     with run.ledger.stage("warmup"):
         rehearsed = []
 
@@ -5263,7 +5247,6 @@ def train(run: Run, model: GPT, inputs: Inputs) -> dict[str, Tensor]:
         reserve = reserve_seconds(run, model, inputs, seconds, rehearsed)
     rehearsed.clear()
     run.log(f"gptq:reserving {reserve:.2f}s, effective={1000 * max(c.max_wallclock_seconds - reserve, 0):.0f}ms")
-    reset_peak_memory(run.world.device)
     known = compiled_graphs()
     trainer.loop(reserve, lambda at: validate_in_training(run, model, inputs.validation, at))
     run.log(f"ledger recompilations:{compiled_graphs() - known} stage:train")

@@ -31,12 +31,8 @@ from bench.step import ceilings, documents, median_ms  # noqa: E402
 CALLS = 10      # back to back in one measurement: launches of the next hide behind the last
 
 Tiling = t.Tiling
-FORWARD = (Tiling(128, 256, 3, 8), Tiling(128, 256, 4, 8), Tiling(128, 256, 3, 8, flatten=False), Tiling(256, 128, 3, 8),
-           Tiling(256, 128, 4, 8), Tiling(256, 128, 3, 8, flatten=False), Tiling(128, 128, 4, 8), Tiling(128, 128, 3, 4, 2),
-           Tiling(128, 128, 3, 4, 2, False), Tiling(128, 128, 3, 8, 2, False), Tiling(64, 256, 2, 4, 2))
-BACKWARD = tuple(x._replace(tma=tma) for x in (
-    Tiling(128, 128, 3, 4, 2, False), Tiling(128, 128, 3, 8, 2, False), Tiling(128, 256, 3, 8), Tiling(128, 256, 3, 8, flatten=False),
-    Tiling(256, 128, 3, 8), Tiling(256, 128, 3, 8, flatten=False), Tiling(128, 128, 2, 4, 2), Tiling(128, 128, 2, 4, 2, False)) for tma in (0, 1))
+TILINGS = (Tiling(128, 256, 3, 8), Tiling(128, 256, 4, 8), Tiling(256, 128, 3, 8), Tiling(256, 128, 4, 8), Tiling(128, 128, 4, 8),
+           Tiling(128, 128, 3, 4, 2), Tiling(128, 128, 2, 4, 2), Tiling(64, 256, 2, 4, 2))
 BLOCKS = ((64, 4), (32, 4), (32, 2), (16, 4), (16, 2), (8, 2), (8, 1))
 SUM_FORWARD = ((4, 4), (8, 4), (8, 8), (4, 2), (2, 1), (16, 8))
 SUM_BACKWARD = ((4, 4, 2), (4, 4, 3), (2, 2, 4), (2, 2, 5), (2, 4, 4), (1, 1, 8), (1, 2, 6), (8, 8, 1), (4, 8, 2))
@@ -87,7 +83,7 @@ def fused_backward(tiling):
 
 
 slope = lambda x: torch.where(x > 0, 2 * x, 0.5 * x)
-label = lambda x: f"{x.rows}x{x.columns} stages {x.stages} warps {x.warps} x{x.programs}{' flat' if x.flatten else ''}{' tma' if x.tma else ''}"
+label = lambda x: f"{x.rows}x{x.columns} stages {x.stages} warps {x.warps} x{x.programs}"
 
 
 def whole(pair_call):
@@ -244,12 +240,12 @@ def jobs() -> dict[str, Job]:
         "leaky_mlp forward": Job(
             mlp_inputs, lambda n, up, *_: (F.leaky_relu(n.double() @ up.double().T, 0.5).square(),),
             {"cuBLAS + compiled": lambda n, up, *_: square(n @ up.T), "cuBLAS alone (another result)": lambda n, up, *_: n @ up.T,
-             **{label(x): fused_forward(x) for x in FORWARD}}, product, lambda c, n: 2.0 * n * (c.model_dim + c.mlp_dim)),
+             **{label(x): fused_forward(x) for x in TILINGS}}, product, lambda c, n: 2.0 * n * (c.model_dim + c.mlp_dim)),
         "leaky_mlp backward": Job(
             mlp_inputs, lambda n, up, down, grad, *_: (grad.double() @ down.double() * slope(n.double() @ up.double().T),),
             {"cuBLAS + compiled": lambda n, up, down, grad, pre, *_: times_slope(grad @ down, pre),
              "cuBLAS alone (another result)": lambda n, up, down, grad, *_: grad @ down,
-             **{label(x): fused_backward(x) for x in BACKWARD}}, product, lambda c, n: 2.0 * n * (c.model_dim + 2 * c.mlp_dim)),
+             **{label(x): fused_backward(x) for x in TILINGS}}, product, lambda c, n: 2.0 * n * (c.model_dim + 2 * c.mlp_dim)),
         "leaky_mlp whole": Job(mlp_inputs, exact_whole, {"compiled": whole(compiled), "fused": whole(t.leaky_mlp.fast)},
                                lambda c, n: 6 * product(c, n), lambda c, n: 0.0),
         "qkv_heads forward": Job(heads_inputs, exactly(heads_plain(False, False)),
