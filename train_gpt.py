@@ -1268,8 +1268,9 @@ def softcap_ce(logits_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
 
 
 def weighted_sum_reference(parts: tuple[Tensor, ...], weights_CD: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """u = the sum of up to three parts [B, T, D], each times its weights, rounded once; n = u normed, times scale [] (no scale: None)."""
-    terms = parts if weights_CD is None else [w * x for w, x in zip(weights_CD.unbind(0), parts)]
+    """u = the sum of parts [B, T, D], each times its weights (then three at most), rounded once; n = u normed, times scale []
+    (no scale: None)."""
+    terms = [x.float() for x in parts] if weights_CD is None else [w * x for w, x in zip(weights_CD.unbind(0), parts)]
     u = functools.reduce(torch.add, terms).to(parts[0].dtype)
     return u, None if scale is None else norm(u) * scale
 
@@ -1706,12 +1707,12 @@ def gated_heads(y_BTHd: Tensor, v_BTKd: Tensor, z_BTH: Tensor, xsa: bool, scale:
 
 def leaky_mlp_reference(parts: tuple[Tensor, ...], scale: Tensor | None, up_MD: Tensor, down_DM: Tensor,
                         onto: bool) -> tuple[Tensor, Tensor]:
-    """h = the sum of parts [B, T, D], n = h normed, times scale (no scale: h), hidden = leaky_relu(n Up^T, 0.5)^2 [B, T, M]
-    -> (h +, if onto) hidden Down^T [B, T, D], and hidden (no gradient enters there)."""
+    """h = the sum of parts [B, T, D], n = h normed, times scale (no scale: n is the only part), hidden = leaky_relu(n Up^T, 0.5)^2
+    [B, T, M] -> (h +, if onto and scaled) hidden Down^T [B, T, D], and hidden (no gradient enters there)."""
     h, n = weighted_sum_reference(parts, None, scale)
     hidden = F.leaky_relu(F.linear(h if n is None else n, up_MD), 0.5).square()
     out = F.linear(hidden, down_DM)
-    return h + out if onto else out, hidden.detach()
+    return h + out if onto and n is not None else out, hidden.detach()
 
 
 class Tiling(NamedTuple):
@@ -1779,25 +1780,18 @@ if triton is not None:
             maxnreg=min(255, 2048 // (tiling.warps * tiling.programs)))
 
     def allocate_leaky_mlp(parts, scale, up, down, onto):
-        x, alone = parts[0], scale is None and len(parts) == 1
-        return (torch.empty_like(x), x.new_empty(*x.shape[:-1], up.shape[0]), x.new_empty(0) if alone else torch.empty_like(x),
+        x = parts[0]
+        return (torch.empty_like(x), x.new_empty(*x.shape[:-1], up.shape[0]), x.new_empty(0) if scale is None else torch.empty_like(x),
                 x.new_empty(0 if scale is None else x.shape[:-1], dtype=torch.float32))
 
     def run_leaky_mlp(parts, scale, up, down, onto, out, hidden, n, factor):
         """The product is added onto the sum in place: a sum elsewhere would be copied first."""
-        if scale is not None:
-            launch_sum(parts, None, scale, out=out if onto else None, normed=n, factor=factor)
-        elif len(parts) > 1:
-            launch_sum(parts, None, None, out=n)
-        else:
+        if scale is None:
             n = parts[0]
-        if onto and scale is None:
-            out.copy_(n)
-        launch_leaky_mlp(flat(n), up, flat(hidden), flat(hidden), False, MLP_FORWARD)
-        if onto:
-            flat(out).addmm_(flat(hidden), down.T)
         else:
-            torch.mm(flat(hidden), down.T, out=flat(out))
+            launch_sum(parts, None, scale, out=out if onto else None, normed=n, factor=factor)
+        launch_leaky_mlp(flat(n), up, flat(hidden), flat(hidden), False, MLP_FORWARD)
+        flat(out).addmm_(flat(hidden), down.T, beta=int(onto))
 
     leaky_mlp_forward = fused_op(
         "leaky_mlp(Tensor[] parts, Tensor? scale, Tensor up, Tensor down, bool onto) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -1808,9 +1802,9 @@ if triton is not None:
 
     def save_leaky_mlp(ctx, inputs, output):
         parts, scale, up, down, ctx.onto = inputs
-        ctx.count, alone = len(parts), scale is None and len(parts) == 1
+        ctx.count = len(parts)
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(scale, up, down, output[1], parts[0] if alone else output[2], output[3])
+        ctx.save_for_backward(scale, up, down, output[1], parts[0] if scale is None else output[2], output[3])
 
     def grad_leaky_mlp(ctx, grad, *_):
         scale, up, down, hidden, n, factor = ctx.saved_tensors
@@ -1819,8 +1813,6 @@ if triton is not None:
         dh = (flat(before) @ up).view(n.shape)
         if scale is not None:
             dh = sum_backward([n], None, scale, None, factor, grad if ctx.onto else None, dh, None, True)[0][0]
-        elif ctx.onto:
-            dh = grad + dh
         return ([dh] * ctx.count, None, flat(before).T @ flat(n) if wants_up else None,
                 flat(grad).T @ flat(hidden) if wants_down else None, None)
 
@@ -1835,30 +1827,6 @@ def leaky_mlp(parts: tuple[Tensor, ...], scale: Tensor | None, up_MD: Tensor, do
     return leaky_mlp_forward([x.contiguous() for x in parts], scale, up_MD.contiguous(), down_DM.contiguous(), onto)[:2]
 
 
-def add_all_reference(*parts: Tensor) -> Tensor:
-    """Sum of tensors of one shape, rounded once."""
-    return functools.reduce(torch.add, (t.float() for t in parts)).to(parts[0].dtype)
-
-
-if triton is not None:
-    @triton.jit
-    def add_all_kernel(parts, out, N, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for i in tl.static_range(COUNT):
-            total += tl.load(parts[i] + at, mask=at < N, other=0.0).to(tl.float32)
-        tl.store(out + at, total.to(out.dtype.element_ty), mask=at < N)
-
-
-@kernel(add_all_reference, lambda c, device: (torch.ones(64, c.model_dim, dtype=torch.bfloat16, device=device),) * 3)
-def add_all(*parts: Tensor) -> Tensor:
-    """One pass over memory (Triton)."""
-    parts = tuple(t.contiguous() for t in parts)
-    out = torch.empty_like(parts[0])
-    add_all_kernel[(triton.cdiv(out.numel(), 1024),)](parts, out, out.numel(), COUNT=len(parts), BLOCK=1024)
-    return out
-
-
 class Shared(torch.autograd.Function):
     """A tensor for `count` readers, whose gradients are added at once and not one by one."""
 
@@ -1869,7 +1837,7 @@ class Shared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return add_all(*(g for g in grads if g is not None)), None
+        return weighted_sum(tuple(g for g in grads if g is not None), None, None)[0], None
 
 
 def past_attention_reference(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, keys_BPKd: Tensor, values_BPKd: Tensor,
@@ -4453,7 +4421,7 @@ KEPT_NAMES = "bool int float str range min max abs len".split()     # annotation
 def slim_source(source: str) -> str:
     """The same program without comments, docstrings, what knobs mean and annotations, under short names.
 
-    What something looks at stays: annotations of classes and of Triton kernels, arguments of kernels, names of
+    What something looks at stays: annotations of classes and of Triton kernels, constant arguments of kernels, names of
     references (they name the kernel pairs).
     """
     import python_minifier
@@ -4472,7 +4440,7 @@ def slim_source(source: str) -> str:
     return python_minifier.minify(
         ast.unparse(tree), remove_literal_statements=True, hoist_literals=False, remove_annotations=False, combine_imports=True,
         rename_globals=True, preserve_globals=KEPT_NAMES + [f.name for f in functions if f.name.endswith("_reference")],
-        preserve_locals=[a.arg for f in kernels for a in arguments(f)])
+        preserve_locals=[a.arg for f in kernels for a in arguments(f) if a.annotation])        # constants come by name
 
 
 def pack_script(source: str) -> bytes:

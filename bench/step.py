@@ -29,7 +29,7 @@ PURPOSES = (
     ("attention", r"flash|fmha|sdpa|attention|FlashAttn"),
     ("loss", r"softcap_ce|cross_entropy|log_softmax"),
     ("MLP", r"leaky_mlp"),
-    ("elementwise", r"triton_|heads_kernel|add_all|^sum_(backward_)?kernel"),
+    ("elementwise", r"triton_|heads_kernel|^sum_(backward_)?kernel"),
     ("optimizer", r"multi_tensor|foreach|adam|lerp"),
     ("matmul", r"gemm|cutlass|nvjet|xmma|cublas|splitK|wgmma"),
     ("embedding", r"embedding|indexing|index_put|radix|sort"),
