@@ -1316,6 +1316,12 @@ if triton is not None:
                 tl.store(z + row[:, None] * HEADS + h[None, :], along.to(z.dtype.element_ty), mask=kept)
 
     @triton.jit
+    def give_part(at, ok, weight, du, x):
+        """Store a part's gradient; what its weights are to gain."""
+        tl.store(at, (weight * du).to(at.dtype.element_ty), mask=ok)
+        return du * x
+
+    @triton.jit
     def sum_backward_kernel(parts, weights, scale, gate, factor, grad, product, dz, dparts, sums, N, D: tl.constexpr, WIDE: tl.constexpr,
                             COUNT: tl.constexpr, HEADS: tl.constexpr, WINDOW: tl.constexpr, APPLIED: tl.constexpr, NORMED: tl.constexpr,
                             ROWS: tl.constexpr):
@@ -1364,14 +1370,11 @@ if triton is not None:
             if weights is None:
                 tl.store(dparts[0] + at, du.to(dparts[0].dtype.element_ty), mask=ok)
             else:
-                tl.store(dparts[0] + at, (w0 * du).to(dparts[0].dtype.element_ty), mask=ok)
-                sum0 += du * x0
+                sum0 += give_part(dparts[0] + at, ok, w0, du, x0)
                 if COUNT > 1:
-                    tl.store(dparts[1] + at, (w1 * du).to(dparts[1].dtype.element_ty), mask=ok)
-                    sum1 += du * x1
+                    sum1 += give_part(dparts[1] + at, ok, w1, du, x1)
                 if COUNT > 2:
-                    tl.store(dparts[2] + at, (w2 * du).to(dparts[2].dtype.element_ty), mask=ok)
-                    sum2 += du * x2
+                    sum2 += give_part(dparts[2] + at, ok, w2, du, x2)
         if sums is not None:
             mine = sums + tl.program_id(0) * (COUNT * D) + j
             tl.store(mine, tl.sum(sum0, 0), mask=wide)

@@ -99,7 +99,8 @@ def nvidia_smi(query: str) -> list[list[str]]:
     """Rows of a read-only query; raises OSError or CalledProcessError."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     only = ["-i", visible] if visible else []           # indices or UUIDs, which nvidia-smi knows too
-    done = subprocess.run(["nvidia-smi", *only, query, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True, timeout=60)
+    command = ["nvidia-smi", *only, query, "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     return [[cell.strip() for cell in row] for row in csv.reader(done.stdout.splitlines()) if row]
 
 
