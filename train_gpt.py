@@ -2891,13 +2891,10 @@ class Graphs:
         self.batches: dict[tuple, Batch] = {}
 
     def hold(self, key: tuple, new: Batch) -> Batch:
-        """The batch where this key's graph will read it."""
+        """The batch where this key's graph will read it: in the first one of to_device, whose cu_seqlens is marked as dynamic."""
         if not self.wanted:
             return new
-        if key not in self.batches:
-            self.batches[key] = Batch(new.ids.clone(), new.targets.clone(),
-                                      new.segments._replace(cu_seqlens=new.segments.cu_seqlens.clone()))
-        held = self.batches[key]
+        held = self.batches.setdefault(key, new)
         for kept, value in zip((held.ids, held.targets, held.segments.cu_seqlens), (new.ids, new.targets, new.segments.cu_seqlens)):
             kept.copy_(value)
         return held
