@@ -4846,11 +4846,20 @@ def compiling(model: GPT, wanted: bool):
         model.compiled = before
 
 
+def later(t: Tensor) -> Callable[[], float]:
+    """The value of a one-number tensor once the device has it; whoever asks waits for that and for nothing after it."""
+    if not t.is_cuda:
+        return t.item
+    copy, ready = t.to("cpu", non_blocking=True), torch.cuda.Event()
+    ready.record()
+    return lambda: (ready.synchronize(), copy.item())[1]
+
+
 class GlobalTrainer:
     """Trains the base weights (and the softcaps) on documents already scored; every rank ends with the same weights.
 
     On CUDA forward and backward of a step are one graph, whatever the number of ranks: launched one by one, their kernels
-    take longer to launch than to run.
+    take longer to launch than to run. Python prepares a step while the device is busy with the one before.
     """
 
     def __init__(self, run: Run, model: GPT, caps: Tensor | None):
@@ -4865,6 +4874,7 @@ class GlobalTrainer:
         total, longest = len(stream) - 1, c.eval_seq_len
         chunks = -(-total // c.global_ttt_chunk_tokens)
         optimizer = torch.optim.SGD(self.parameters, lr=c.global_ttt_lr, momentum=c.global_ttt_momentum)
+        left_out = lambda: False            # of the step before
         for i in range(chunks - 1):
             first, last = (min((i + j) * c.global_ttt_chunk_tokens, total) for j in (0, 1))
             lr = c.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * i / max(chunks - 1, 1)))
@@ -4875,12 +4885,18 @@ class GlobalTrainer:
                 break
             for _ in range(c.global_ttt_epochs):
                 for a in range(first, last, c.global_ttt_batch_seqs * longest):
-                    self.step(stream, a, min(a + c.global_ttt_batch_seqs * longest, last), optimizer)
+                    before, left_out = left_out, later(self.step(stream, a, min(a + c.global_ttt_batch_seqs * longest, last), optimizer))
+                    self.report(before())
             run.log(f"tttg: c{i + 1}/{chunks} lr:{lr:.6f} t:{time.perf_counter() - start:.1f}s")
+        self.report(left_out())
 
-    def step(self, stream: np.ndarray, a: int, b: int, optimizer: torch.optim.Optimizer):
+    def report(self, left_out: float):
+        if left_out:
+            self.run.log("ttt_non_finite: the gradient of a global step was left out")
+
+    def step(self, stream: np.ndarray, a: int, b: int, optimizer: torch.optim.Optimizer) -> Tensor:
         """SGD on the mean loss of the targets of positions [a, b), sequences of them shared out over the ranks: the number of
-        ranks does not change the result."""
+        ranks does not change the result. Returns whether the gradient was not finite, and hence counted as zero."""
         c, world = self.run.config, self.run.world
         sequences = -(-(b - a) // c.eval_seq_len)
         mine = [min(a + c.eval_seq_len * (sequences * (world.rank + i) // world.size), b) for i in (0, 1)]
@@ -4888,11 +4904,11 @@ class GlobalTrainer:
         for p, g in zip(self.parameters, gradient):
             p.grad = torch.zeros_like(p) if g is None else g
             world.sum(p.grad)
-        length = torch.nn.utils.clip_grad_norm_(self.parameters, c.global_ttt_grad_clip or math.inf)
-        if math.isfinite(length.item()):
-            optimizer.step()
-        else:
-            self.run.log("ttt_non_finite: a global step was skipped")
+        wrong = ~torch.nn.utils.clip_grad_norm_(self.parameters, c.global_ttt_grad_clip or math.inf).isfinite()
+        for p in self.parameters:
+            p.grad.masked_fill_(wrong, 0.0)
+        optimizer.step()
+        return wrong
 
     def gradient(self, stream: np.ndarray, a: int, b: int, count: int) -> tuple[Tensor | None, ...]:
         """Of the sum over the targets of positions [a, b) / count; it holds until the next call.

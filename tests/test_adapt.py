@@ -263,6 +263,27 @@ def test_global_pass_follows_the_formula():
         torch.testing.assert_close(p, q if q.grad is None else q - 0.3 * q.grad, rtol=1e-5, atol=1e-6)
 
 
+def test_a_global_gradient_that_is_not_finite_counts_as_zero(monkeypatch):
+    """Once, in the middle: a line, and weights that the other steps alone have moved."""
+    moved = {}
+    for which in (None, 1, 99):
+        run, model = toy.setting(GLOBAL_TTT_CHUNK_TOKENS=32, GLOBAL_TTT_MOMENTUM=0)
+        trainer, calls = tg.GlobalTrainer(run, model, None), []
+        gradient = trainer.gradient
+
+        def spoilt(*rest):
+            calls.append(rest)
+            return [g if len(calls) - 1 != which or g is None else g * float("nan") for g in gradient(*rest)]      # noqa: B023
+        monkeypatch.setattr(trainer, "gradient", spoilt)
+        trainer(DATA.tokens, DOCUMENTS[[1, 6]], lambda: False)
+        assert len(calls) > 3
+        lines = [line for line in run.log.lines if line.startswith("ttt_non_finite")]
+        assert lines == ["ttt_non_finite: the gradient of a global step was left out"] * (which == 1)
+        moved[which] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert all(t.isfinite().all() for t in moved.values())
+    assert torch.equal(moved[None], moved[99]) and not torch.equal(moved[None], moved[1])
+
+
 def test_the_submission_is_scored_in_the_eval_budget(monkeypatch, tmp_path):
     """The hook: artifact, plain evaluation, windowed attention, test-time training, each with its line in the ledger."""
     run, model = toy.setting(WINDOWED_EVAL_ENABLED=1, TTT_PROTOCOL="cached")
