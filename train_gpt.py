@@ -2833,7 +2833,7 @@ class Optimizers:
 # TRAIN: the budget's clock, the loop, averaged weights, checkpoints
 # ======================================================================================================================
 
-AGREE_EVERY = 16            # steps between agreements of the ranks on the time
+AGREE_SECONDS = 1.0         # between agreements of the ranks on the time, about
 
 
 class Clock:
@@ -2862,12 +2862,13 @@ class Clock:
         if self.world.size == 1 or step >= self.next_agreement:
             now = self.read()
             pace = (now - self.base) / (step - self.base_step) if self.base_step not in (None, step) else self.per_step
+            pace = min(pace, 2 * self.per_step or pace)         # a stall passes: the steps after it are not as slow
             agreed = torch.tensor([now, pace] if self.world.rank == 0 else [0.0, 0.0], dtype=torch.float64)
             agreed = self.world.sum(torch.cat((agreed, torch.tensor([signal_number], dtype=torch.float64))), dist.ReduceOp.MAX)
             self.base, self.per_step, received = agreed[0].item(), agreed[1].item(), int(agreed[2].item())
             self.base_step = step
-            left = (self.limit - self.base) / self.per_step if self.limit and self.per_step else AGREE_EVERY
-            self.next_agreement = step + int(min(max(left / 2, 1), AGREE_EVERY))
+            alone = min(AGREE_SECONDS, (self.limit - self.base) / 2 if self.limit else math.inf)
+            self.next_agreement = step + (max(int(alone / self.per_step), 1) if self.per_step else 1)
         return self.base + (step - self.base_step) * self.per_step, received
 
     def out_of_time(self, elapsed: float) -> bool:

@@ -445,11 +445,28 @@ def test_ranks_agree_seldom_and_extrapolate_alike(monkeypatch):
         agreements += len(mailbox) == 2
         assert len(mailbox) in (0, 2)
         heard = heard or results[0][1]
-        assert abs(results[0][0] - (fakes[0] - 100)) < 0.1 * tg.AGREE_EVERY        # half a step of rank 0's truth
+        assert abs(results[0][0] - (fakes[0] - 100)) <= tg.AGREE_SECONDS
         fakes[0] += 0.1
         fakes[1] += 0.13
     assert heard == 15          # rank 1's signal reached rank 0
     assert agreements < 200 / 4
+
+
+def test_a_stall_is_seen_within_a_second_of_steps(monkeypatch):
+    """A step that takes seven seconds (something compiles) among fast ones, with two ranks: the budget does not pass unseen."""
+    fake = FakeTime(monkeypatch)
+    world = toy.world(0, 2)
+    monkeypatch.setattr(world, "sum", lambda t, op=None: t)
+    clock, step, stalled = tg.Clock(world, 13.0), 0, False
+    while True:
+        elapsed, _ = clock.tick(step, 0)
+        if clock.out_of_time(elapsed):
+            break
+        fake.now += 0.3
+        if step == 9:
+            fake.now += 7
+        step += 1
+    assert 13 - 1.3 < clock.read() <= 13
 
 
 # ------------------------------------------------------------------------------------------------------------ micro_batch
