@@ -4918,11 +4918,11 @@ class GlobalTrainer:
         """Of the sum over the targets of positions [a, b) / count; it holds until the next call.
 
         A segment ends with its sequence and, if documents are respected, its document. The token before is read too (for the
-        SmearGate), so that shares do not matter.
+        SmearGate), so that shares do not matter; in fact 16 tokens, since Triton compiles other numbers of rows anew.
         """
-        c, lead = self.run.config, min(a, 1)
+        c, lead = self.run.config, min(a, 16)
         row = stream[a - lead: b + 1]
-        starts = np.append(np.zeros(lead, np.int64), np.arange(lead, len(row) - 1, c.eval_seq_len))
+        starts = np.append(np.zeros(min(lead, 1), np.int64), np.arange(lead, len(row) - 1, c.eval_seq_len))
         if c.global_ttt_respect_doc_boundaries:
             starts = np.union1d(starts, np.flatnonzero(row[:-1] == BOS))
         ids, cu = torch.from_numpy(row.astype(np.int64))[None], torch.from_numpy(pad_cu_seqlens(starts, len(row) - 1))
