@@ -4425,8 +4425,8 @@ KEPT_NAMES = "bool int float str range min max abs len".split()     # annotation
 def slim_source(source: str) -> str:
     """The same program without comments, docstrings, what knobs mean and annotations, under short names.
 
-    What something looks at stays: annotations of classes and of Triton kernels, constant arguments of kernels, names of
-    references (they name the kernel pairs).
+    What something looks at stays: annotations of classes and of Triton kernels, arguments that are given by name anywhere (by
+    PyTorch: those of setup_context), constant arguments of kernels, names of references (they name the kernel pairs).
     """
     import python_minifier
     tree = ast.parse(source)
@@ -4441,6 +4441,12 @@ def slim_source(source: str) -> str:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "knob":
             del node.args[1:]
+    calls, tables = ([node for node in ast.walk(tree) if isinstance(node, kind)] for kind in (ast.Call, ast.Dict))
+    named = {"ctx", "inputs", "output", *(k.arg for call in calls for k in call.keywords),
+             *(k.value for table in tables for k in table.keys if isinstance(k, ast.Constant))}
+    for f in (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda)) and node not in kernels):
+        while f.args.args and f.args.args[0].arg not in named:      # positional only: free to be renamed
+            f.args.posonlyargs.append(f.args.args.pop(0))
     return python_minifier.minify(
         ast.unparse(tree), remove_literal_statements=True, hoist_literals=False, remove_annotations=False, combine_imports=True,
         rename_globals=True, preserve_globals=KEPT_NAMES + [f.name for f in functions if f.name.endswith("_reference")],

@@ -457,7 +457,7 @@ def test_a_stall_is_seen_within_a_second_of_steps(monkeypatch):
     fake = FakeTime(monkeypatch)
     world = toy.world(0, 2)
     monkeypatch.setattr(world, "sum", lambda t, op=None: t)
-    clock, step, stalled = tg.Clock(world, 13.0), 0, False
+    clock, step, _stalled = tg.Clock(world, 13.0), 0, False
     while True:
         elapsed, _ = clock.tick(step, 0)
         if clock.out_of_time(elapsed):
