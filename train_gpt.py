@@ -2903,9 +2903,20 @@ class Graphs:
             kept.copy_(value)
         return held
 
+    def give_up(self, why: RuntimeError):
+        self.wanted = False
+        self.graphs.clear()
+        self.log(f"cuda_graphs: none ({(str(why).splitlines() or [''])[0][:100]}): eager from here on")
+
     def __call__(self, key: tuple, function: Callable[[], Tensor | tuple[Tensor, ...]]) -> Tensor | tuple[Tensor, ...]:
         if not self.wanted or key not in self.seen:
             self.seen.add(key)
+            try:
+                return function()
+            except torch.OutOfMemoryError as e:
+                if not self.graphs:
+                    raise
+                self.give_up(e)             # what they hold is what is lacking
             return function()
         if key not in self.graphs:
             graph = torch.cuda.CUDAGraph()
@@ -2913,9 +2924,8 @@ class Graphs:
                 with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                     result = function()
             except RuntimeError as e:
-                self.wanted = False
                 torch.cuda.set_stream(torch.cuda.default_stream())          # a capture that fails may stay on its own
-                self.log(f"cuda_graphs: none ({(str(e).splitlines() or [''])[0][:100]}): eager from here on")
+                self.give_up(e)
                 return function()
             self.graphs[key] = graph, result
         graph, result = self.graphs[key]

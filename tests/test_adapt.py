@@ -368,6 +368,24 @@ def test_a_failed_capture_is_one_line_and_eager_reading(monkeypatch):
     assert lines == ["cuda_graphs: none (operation not permitted): eager from here on"] and streams == ["default"]
 
 
+def test_graphs_make_room_for_a_shape_that_does_not_fit_beside_them():
+    """Once, with one line; without graphs to give up the error is the caller's."""
+    lines, attempts = [], []
+    graphs = tg.Graphs(False, lines.append)
+    graphs.wanted = True
+
+    def hungry():
+        attempts.append(len(graphs.graphs))
+        if graphs.graphs or lines == []:
+            raise torch.OutOfMemoryError("out of memory\nTried to allocate")
+        return "done"
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs("alone", hungry)
+    graphs.graphs["other"] = None, None
+    assert graphs("new", hungry) == "done" and graphs("newer", hungry) == "done"
+    assert attempts == [0, 1, 0, 0] and lines == ["cuda_graphs: none (out of memory): eager from here on"]
+
+
 class Recorder(TorchDispatchMode):
     """A CUDA graph for the CPU: replay repeats every operation on the very tensors of the recording, results included."""
 
