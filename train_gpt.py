@@ -1273,8 +1273,8 @@ def softcap_ce(logits_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
 def weighted_sum_reference(parts: tuple[Tensor, ...], weights_CD: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """u = the sum of parts [B, T, D], each times its weights (then three at most), rounded once; n = u normed, times scale []
     (no scale: None)."""
-    terms = [x.float() for x in parts] if weights_CD is None else [w * x for w, x in zip(weights_CD.unbind(0), parts)]
-    u = functools.reduce(torch.add, terms).to(parts[0].dtype)
+    first, *more = parts if weights_CD is None else [w * x for w, x in zip(weights_CD.unbind(0), parts)]
+    u = functools.reduce(torch.add, more, first.to(torch.promote_types(first.dtype, torch.float32))).to(parts[0].dtype)
     return u, None if scale is None else norm(u) * scale
 
 
@@ -1332,7 +1332,7 @@ if triton is not None:
         n = u * factor with respect to u at a fixed factor (APPLIED: with respect to n). Weighed, every part's gradient goes to dparts
         and its weights' share to this program's row of `sums`; else they are one and the same. NORMED: the only part is n, not u."""
         j = tl.arange(0, WIDE)
-        wide = (j < D)
+        wide = j < D
         w0, w1, w2 = tl.zeros((1, WIDE), tl.float32), tl.zeros((1, WIDE), tl.float32), tl.zeros((1, WIDE), tl.float32)
         if weights is not None:
             w0 = tl.load(weights + j, mask=wide, other=0.0)[None, :]
