@@ -30,6 +30,7 @@ import platform
 import queue
 import shutil
 import signal
+import statistics
 import struct
 import subprocess
 import sys
@@ -2833,7 +2834,7 @@ class Optimizers:
 # TRAIN: the budget's clock, the loop, averaged weights, checkpoints
 # ======================================================================================================================
 
-AGREE_SECONDS = 1.0         # between agreements of the ranks on the time, about
+AGREE_EVERY, AGREE_SECONDS = 16, 1.0        # steps and seconds at most between agreements of the ranks on the time
 
 
 class Clock:
@@ -2841,7 +2842,7 @@ class Clock:
 
     def __init__(self, world: World, limit: float, elapsed: float = 0.0):
         self.world, self.limit, self.before = world, limit, elapsed
-        self.base, self.base_step, self.per_step, self.next_agreement = elapsed, None, 0.0, 0
+        self.base, self.base_step, self.per_step, self.next_agreement, self.paces = elapsed, None, 0.0, 0, []
         self.started = time.perf_counter()
 
     def read(self) -> float:
@@ -2861,14 +2862,15 @@ class Clock:
         received = signal_number if self.world.size == 1 else 0
         if self.world.size == 1 or step >= self.next_agreement:
             now = self.read()
-            pace = (now - self.base) / (step - self.base_step) if self.base_step not in (None, step) else self.per_step
-            pace = min(pace, 2 * self.per_step or pace)         # a stall passes: the steps after it are not as slow
+            if self.base_step not in (None, step):
+                self.paces = [*self.paces[-2:], (now - self.base) / (step - self.base_step)]
+            pace = statistics.median_high(self.paces or [0.0])          # a stall passes, and so does a step that was only launched
             agreed = torch.tensor([now, pace] if self.world.rank == 0 else [0.0, 0.0], dtype=torch.float64)
             agreed = self.world.sum(torch.cat((agreed, torch.tensor([signal_number], dtype=torch.float64))), dist.ReduceOp.MAX)
             self.base, self.per_step, received = agreed[0].item(), agreed[1].item(), int(agreed[2].item())
             self.base_step = step
             alone = min(AGREE_SECONDS, (self.limit - self.base) / 2 if self.limit else math.inf)
-            self.next_agreement = step + (max(int(alone / self.per_step), 1) if self.per_step else 1)
+            self.next_agreement = step + int(min(max(alone / self.per_step, 1), AGREE_EVERY) if self.per_step else 1)
         return self.base + (step - self.base_step) * self.per_step, received
 
     def out_of_time(self, elapsed: float) -> bool:

@@ -452,6 +452,18 @@ def test_ranks_agree_seldom_and_extrapolate_alike(monkeypatch):
     assert agreements < 200 / 4
 
 
+def test_a_first_pace_that_is_far_too_fast_does_not_last(monkeypatch):
+    """Python runs ahead of the device at first: the step that it has only launched took no time."""
+    fake = FakeTime(monkeypatch)
+    world = toy.world(0, 2)
+    monkeypatch.setattr(world, "sum", lambda t, op=None: t)
+    clock = tg.Clock(world, 1000.0)
+    for step in range(40):
+        elapsed = clock.tick(step, 0)[0]
+        fake.now += 0.001 if step == 0 else 0.12
+    assert abs(elapsed - clock.read()) < 1.5
+
+
 def test_a_stall_is_seen_within_a_second_of_steps(monkeypatch):
     """A step that takes seven seconds (something compiles) among fast ones, with two ranks: the budget does not pass unseen."""
     fake = FakeTime(monkeypatch)
