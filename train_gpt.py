@@ -1275,7 +1275,7 @@ def weighted_sum_reference(parts: tuple[Tensor, ...], weights_CD: Tensor | None,
     """u = the sum of parts [B, T, D], each times its weights (then three at most), rounded once; n = u normed, times scale []
     (no scale: None)."""
     first, *more = parts if weights_CD is None else [w * x for w, x in zip(weights_CD.unbind(0), parts)]
-    u = functools.reduce(torch.add, more, first.to(torch.promote_types(first.dtype, torch.float32))).to(parts[0].dtype)
+    u = functools.reduce(torch.add, more, first if first.dtype == torch.float64 else first.float()).to(parts[0].dtype)
     return u, None if scale is None else norm(u) * scale
 
 
