@@ -1831,7 +1831,8 @@ if triton is not None:
     *(torch.ones(shape, dtype=torch.bfloat16, device=device) for shape in ((c.mlp_dim, c.model_dim), (c.model_dim, c.mlp_dim))), True))
 def leaky_mlp(parts: tuple[Tensor, ...], scale: Tensor | None, up_MD: Tensor, down_DM: Tensor, onto: bool) -> tuple[Tensor, Tensor]:
     """Activation and its gradient inside the matrix products (Triton); only n and hidden are kept for the backward pass."""
-    return leaky_mlp_forward([x.contiguous() for x in parts], scale, up_MD.contiguous(), down_DM.contiguous(), onto)[:2]
+    return leaky_mlp_forward([x.contiguous() for x in parts], scale, up_MD.contiguous(), down_DM.contiguous(),
+                             onto and scale is not None)[:2]
 
 
 class Shared(torch.autograd.Function):

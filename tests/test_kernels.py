@@ -277,7 +277,7 @@ def check_adamw(function, device, dtype, tolerance):
 def check_mlp(function, device, dtype, tolerance):
     """With and without the norm, one part and two, added onto their sum or not."""
     for (B, T, D, M), count, scale, onto in zip(MLP_CASES * 2, (1, 1, 2, 2, 1, 1, 1, 2), (None, 0.7, 0.7, 0.5, 1.0, None, 0.3, 2.0),
-                                                (False, False, True, False, True, False, False, True)):
+                                                (True, False, True, False, True, False, False, True)):
         g = torch.Generator().manual_seed(4)
         matrices = [(torch.randn(*shape, generator=g) / shape[-1] ** 0.5).to(dtype).to(device) for shape in ((M, D), (D, M))]
         parts = [torch.randn(B, T, D, generator=g).to(dtype).to(device) for _ in range(count)]
@@ -287,7 +287,7 @@ def check_mlp(function, device, dtype, tolerance):
         h, n = total_float64(exact[:count], None, scale)
         x = (h if n is None else n) @ exact[-2].T
         hidden = torch.where(x > 0, x, 0.5 * x) ** 2
-        expected = (h if onto else 0) + hidden @ exact[-1].T, hidden
+        expected = (h if onto and scale else 0) + hidden @ exact[-1].T, hidden
         poison(device)
         out = function(tuple(leaves[:count]), None if scale is None else torch.tensor(scale, device=device), *leaves[count:], onto)
         assert not out[1].requires_grad

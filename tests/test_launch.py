@@ -66,6 +66,16 @@ def test_throttled_gpus(reasons, state, words):
     assert found.state == state and words in found.text
 
 
+def test_only_the_gpus_that_the_run_may_see_are_asked(monkeypatch, tmp_path):
+    (tmp_path / "nvidia-smi").write_text('#!/bin/sh\necho "$*"\n')
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert pre.nvidia_smi("--query-x=a")[0][0].startswith("-i 2") and pre.nvidia_smi("--query-x=a")[0][1].startswith("3 --query-x=a ")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert pre.nvidia_smi("--query-x=a")[0][0].startswith("--query-x=a ")
+
+
 def test_other_processes_on_the_gpus():
     assert pre.check_others(lambda query: []).state == "ok"
     found = pre.check_others(lambda query: [["123", "python", "4000"]])
