@@ -543,6 +543,7 @@ class World:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
         if self.size > 1:
             self.life = LifeSigns(self.rank, self.size)
+            self.sum(torch.zeros(1, device=self.device))        # connects: outside every budget, and what cannot shows here
 
     def sum(self, t: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
         """In-place all-reduce; returns t."""
