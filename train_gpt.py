@@ -74,7 +74,7 @@ class UserError(Exception):
 
 
 def knob(default, meaning: str = "", **limits):
-    """A row of the table. Limits: at_least, above, at_most (numbers), choices (a tuple), later (why it is refused)."""
+    """A row of the table. Limits: at_least, above, at_most, below (numbers), choices (a tuple), later (why it is refused)."""
     return field(default=default, metadata={"meaning": meaning, **limits})
 
 
@@ -150,8 +150,8 @@ class Config:
     muon_row_normalize: bool = knob(True, "unit rows before orthogonalising")
     muon_wd: float = knob(0.095, "weight decay of the matrices", at_least=0)
     polar_express: bool = knob(True, "per-iteration Newton-Schulz coefficients (arXiv 2505.16932)")
-    beta1: float = knob(0.9, "AdamW", at_least=0, at_most=1)
-    beta2: float = knob(0.99, "AdamW", at_least=0, at_most=1)
+    beta1: float = knob(0.9, "AdamW", at_least=0, below=1)
+    beta2: float = knob(0.99, "AdamW", at_least=0, below=1)
     adam_eps: float = knob(1e-8, "AdamW", above=0)
     adam_wd: float = knob(0.02, "weight decay of scales and gates", at_least=0)
     embed_wd: float = knob(0.085, "weight decay of the embedding", at_least=0)
@@ -221,8 +221,8 @@ class Config:
     ttt_micro_tokens: int = knob(32768, "published: most positions in one forward and backward", at_least=1)
     ttt_grad_steps: int = knob(1, "updates a chunk", at_least=1)
     ttt_weight_decay: float = knob(0.5, "adapter weight decay", at_least=0)
-    ttt_beta1: float = knob(0.0, "adapter AdamW", at_least=0, at_most=1)
-    ttt_beta2: float = knob(0.99, "adapter AdamW", at_least=0, at_most=1)
+    ttt_beta1: float = knob(0.0, "adapter AdamW", at_least=0, below=1)
+    ttt_beta2: float = knob(0.99, "adapter AdamW", at_least=0, below=1)
     ttt_optimizer: str = knob("adam", "adapter optimizer", choices=("adam", "sgd"))
     ttt_warm_start_a: bool = knob(True, "keep A from batch to batch")
     ttt_q_lora: bool = knob(True, "adapter on queries")
@@ -328,7 +328,6 @@ CONTRADICTIONS: list[tuple[Callable[[Config], bool], str]] = [
      "VAL_BATCH_TOKENS={val_batch_tokens} must be at least 8 x EVAL_SEQ_LEN={eval_seq_len}"),
     (lambda c: c.sliding_window_enabled and c.eval_stride > c.eval_seq_len,
      "EVAL_STRIDE={eval_stride} must be at most EVAL_SEQ_LEN={eval_seq_len}: windows would miss tokens"),
-    (lambda c: max(c.ttt_beta1, c.ttt_beta2) >= 1, "TTT_BETA1={ttt_beta1} and TTT_BETA2={ttt_beta2} must be below 1"),
     (lambda c: c.ttt_chunk_size > c.ttt_eval_seq_len,
      "TTT_CHUNK_SIZE={ttt_chunk_size} exceeds TTT_EVAL_SEQ_LEN={ttt_eval_seq_len}"),
     (lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
@@ -351,7 +350,7 @@ def allowed_values(f) -> str:
     if "choices" in m:
         return "one of " + ", ".join(m["choices"])
     noun = {"int": "a whole number", "float": "a number", "str": "UTF-8 text"}[f.type]
-    limits = [f"{word} {m[key]}" for key, word in (("at_least", ">="), ("above", ">"), ("at_most", "<=")) if key in m]
+    limits = [f"{word} {m[key]}" for key, word in (("at_least", ">="), ("above", ">"), ("at_most", "<="), ("below", "<")) if key in m]
     return " ".join([noun, " and ".join(limits)]).strip()
 
 
@@ -366,7 +365,7 @@ def parse_knob(f, text: str):
             value = {"int": int, "float": float, "str": str}[f.type](text)
         ok = (("choices" not in m or value in m["choices"]) and ("at_least" not in m or value >= m["at_least"])
               and ("above" not in m or value > m["above"]) and ("at_most" not in m or value <= m["at_most"])
-              and (f.type != "float" or math.isfinite(value)))
+              and ("below" not in m or value < m["below"]) and (f.type != "float" or math.isfinite(value)))
     except (ValueError, KeyError):
         ok = False
     if not ok:

@@ -54,9 +54,17 @@ def test_every_knob_refuses_what_its_limits_exclude(name):
         wrong += [str(m["above"]), str(m["above"] - step)]
     if "at_most" in m:
         wrong.append(str(m["at_most"] + step))
+    if "below" in m:
+        wrong += [str(m["below"]), str(m["below"] + step)]
     for text in wrong:
         line = refused({name: text}, name, repr(text), tg.allowed_values(f))
         assert "expected" in line
+
+
+@pytest.mark.parametrize("name", ["BETA1", "BETA2", "TTT_BETA1", "TTT_BETA2"])
+def test_betas_that_adamw_would_refuse_are_refused_here(name):
+    refused({name: 1}, f"{name}='1'", ">= 0 and < 1")
+    tg.load_config({name: "0.9999"})
 
 
 def test_text_that_is_not_utf8_is_refused():
@@ -178,7 +186,7 @@ def knob_values(f):
         return st.sampled_from([*m["choices"], "other"])
     if f.type == "str":
         return st.sampled_from(["", "x", "/tmp", "a\nb", "\u2603"])
-    low, high = m.get("at_least", m.get("above", -3)), m.get("at_most", 4096)
+    low, high = m.get("at_least", m.get("above", -3)), m.get("at_most", m.get("below", 4096))
     number = st.integers(int(low) - 1, int(min(high, 64)) + 1) if f.type == "int" else st.floats(low - 0.1, min(high, 64) + 0.1)
     extreme = st.sampled_from(["1e999", "-1", "nan", "9" * 40, "", "0x10", "1e308", "\n", "1_0"])
     return st.one_of(*[number.map(str)] * 5, extreme)
