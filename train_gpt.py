@@ -5532,7 +5532,10 @@ def main() -> int:
     try:
         config, warnings = load_config(dict(os.environ))
         if config.config_check:
-            print("\n".join([*warnings, config_table(config)]))
+            try:
+                print("\n".join([*warnings, config_table(config)]), flush=True)
+            except BrokenPipeError:         # `| head` has seen enough; what is left must not fail again at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         choose_algorithms(config.deterministic)
         world = World()

@@ -197,6 +197,19 @@ def test_config_check_touches_nothing(settings, monkeypatch, capsys, tmp_path):
     assert lines[0].startswith("warning: MODEL_DIMS") and "  data_path: /nowhere" in lines
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_config_check_into_a_closed_pipe_is_silent(unbuffered):
+    """As with `| head`."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run([sys.executable, str(toy.SCRIPT)], stdout=write, stderr=subprocess.PIPE,
+                              env={**toy.clean_environment(), "CONFIG_CHECK": "1", "PYTHONUNBUFFERED": unbuffered}, timeout=60)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_warnings_reach_the_log(settings, monkeypatch, capsys, tmp_path):
     assert main(monkeypatch, capsys, {**settings, "ITERATION": "7", "PREQUANT_ONLY": "1"})[0] == 0
     assert "warning: ITERATION is not a setting; did you mean ITERATIONS?" in (tmp_path / "out" / "run.txt").read_text()
