@@ -680,7 +680,7 @@ def write_atomically(path: Path, data: bytes):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        raise UserError(f"cannot write {path} ({len(data):,} bytes): {e.strerror}") from None
+        raise UserError(f"cannot write {path} ({len(data):,} bytes): {e.strerror}", everywhere=False) from None
     finally:                                # also when a signal's UserError comes in between
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -962,7 +962,7 @@ class TokenStream:
         row = self.read(self.cursor + self.rank * span, span)
         if int(row.max()) >= self.vocab_size:       # read_shard has looked at a sample only
             raise UserError(f"the training shards have token id {row.max()} after token {self.cursor}: expected ids below "
-                            f"VOCAB_SIZE={self.vocab_size}")
+                            f"VOCAB_SIZE={self.vocab_size}", everywhere=False)
         self.cursor += self.size * span
         return row, self.cursor
 

@@ -138,6 +138,17 @@ def test_a_shard_cut_short_while_it_is_mapped_is_one_line(tmp_path):
     assert s.next()[0].tolist() == toy.row(50_000)[:20_001].tolist()
 
 
+def test_a_token_over_the_vocabulary_is_an_error_of_its_rank_alone():
+    """Else the rank signs off as if all had met it, and the others wait for it."""
+    tokens = toy.row(1000)
+    tokens[30] = 60000
+    first, second = (tg.TokenStream([tokens], rank, 2, 24, 64, toy.VOCAB) for rank in (0, 1))
+    first.next()
+    with pytest.raises(tg.UserError, match="token id 60000") as e:
+        second.next()
+    assert not e.value.everywhere
+
+
 def test_restart_at_a_cursor():
     s = stream([range(100), range(100, 130)])
     for _ in range(4):

@@ -607,6 +607,20 @@ def test_a_killed_rank_ends_the_run_with_one_line(settings, monkeypatch, capsys,
         assert code == 0 and 8 <= int(resumed[1]) < 150 and lines[-1].startswith("run_complete")
 
 
+def test_an_error_of_one_rank_ends_the_run(data, settings):
+    """A bad token that only rank 1 reads: it says so, and rank 0 does not wait for it."""
+    tokens, micro = toy.row(200_000, range(0, 200_000, 100)), int(settings["TRAIN_BATCH_TOKENS"]) // 2
+    at = micro + 10
+    tokens[at + (at % 3 == 0)] = 60000          # read_shard looks at every third
+    toy.write_shard(data / TRAIN0, tokens)
+    launcher, began = torchrun({**broken_data(data, settings), **KILLED}), time.monotonic()
+    lines = launcher.communicate(timeout=60)[0].splitlines()
+    assert launcher.returncode != 0 and time.monotonic() - began < 30
+    said = {line for line in lines if line.startswith("error: ")}
+    assert any(line.startswith("error: rank 1: the training shards have token id 60000") for line in said), lines
+    assert "error: rank 1 is gone: no rank can go on without it" in said and len(said) == 2
+
+
 def test_torchrun_with_bad_settings_says_so_once(settings):
     environment = {**toy.clean_environment(), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **settings, "GRAD_ACCUM_STEPS": "3"}
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(toy.SCRIPT)],
