@@ -504,8 +504,7 @@ class LifeSigns:
         """A collective failed: if a rank is lost, this does not return. Else raises the error."""
         words = ("connection", "peer", "socket", "broken pipe", "reset", "nccl", "timed out", "timeout")
         if any(word in str(error).lower() for word in words):
-            for number in STOP_SIGNALS:     # the launcher's signal must not come between
-                signal.signal(number, signal.SIG_IGN)
+            ignore_signals()
             time.sleep(self.SILENCE + 5)
         raise error
 
@@ -795,6 +794,12 @@ def stop_now(number, _frame):
     raise UserError(f"stopped by signal {number}", code=130)
 
 
+def ignore_signals():
+    """When a rank leaves, the launcher stops the others: that must not come between what they still have to say."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Signals:
     """SIGTERM and SIGINT ask for a stop at the end of the step; a second one kills as usual. `release` ends that."""
 
@@ -805,6 +810,10 @@ class Signals:
     def release(self):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def any_rank(self, world: World) -> int:
+        """What any rank has received; the same on every rank."""
+        return int(world.sum(torch.tensor([self.received]), dist.ReduceOp.MAX).item())
 
     def catch(self, number, _frame):
         self.received = number
@@ -3096,19 +3105,26 @@ class Trainer:
                     with self.clock.paused():
                         validate(f"{self.step}/{c.iterations}")
                 if c.checkpoint_every and self.step % c.checkpoint_every == 0:
-                    self.save(batches.cursor)
+                    self.settle()
+                    try:
+                        self.save(batches.cursor)
+                    except UserError as e:          # a full disk may have room again later
+                        run.log(f"warning: {e}; training goes on")
             self.settle()
             run.world.sync()
             elapsed = self.clock.read()
+            if over:
+                run.log(f"stopping_early: wallclock_cap train_time: {1000 * elapsed:.0f}ms step: {self.step}/{c.iterations}")
+            run.ledger.charge("train", elapsed, "train")
+            signal_number = signal_number or signals.any_rank(run.world)
+            if signal_number:           # still caught: a launcher's signal must not come between rank 0 and the file
+                path = self.save(batches.cursor)
+                raise UserError(f"stopped by signal {signal_number} after step {self.step}; RESUME=1 continues from {path}", code=130)
         finally:
             batches.close()
             signals.release()
-        if over:
-            run.log(f"stopping_early: wallclock_cap train_time: {1000 * elapsed:.0f}ms step: {self.step}/{c.iterations}")
-        run.ledger.charge("train", elapsed, "train")
-        if signal_number:
-            path = self.save(batches.cursor)
-            raise UserError(f"stopped by signal {signal_number} after step {self.step}; RESUME=1 continues from {path}", code=130)
+        if signals.received:            # after the ranks agreed that there was none
+            signal.raise_signal(signals.received)
 
     def announce_loops(self, loops: int, frac: float, first: bool) -> int:
         order, encoder = self.run.config.pass_order(loops)
@@ -3117,15 +3133,14 @@ class Trainer:
         return loops
 
     def save(self, cursor: int) -> Path:
-        """Write the resumable checkpoint; every rank must call it."""
-        self.settle()
+        """Write the resumable checkpoint; every rank must call it after `settle`, and leaves when the file is there."""
         names = [name for name, _ in self.model.named_parameters()]
         tensors = {**{f"weights.{n}": p for n, p in zip(names, self.model.parameters())},
                    **{f"ema.{n}": e for n, e in zip(names, self.ema)}, **self.optimizers.save()}
         path = self.run.folder / "checkpoint.safetensors"
-        if self.run.world.rank == 0:
-            save_tensors(path, tensors, {"model": model_knobs(self.run.config), "step": self.step, "cursor": cursor,
-                                         "elapsed": self.clock.read(), "seed": self.run.config.seed})
+        state = {"model": model_knobs(self.run.config), "step": self.step, "cursor": cursor, "elapsed": self.clock.read(),
+                 "seed": self.run.config.seed}
+        self.run.world.together(lambda: save_tensors(path, tensors, state) if self.run.world.rank == 0 else None)
         return path
 
     @torch.no_grad()
@@ -5549,8 +5564,10 @@ def main() -> int:
         finished = True
     except UserError as e:
         finished = e.everywhere
-        if world and world.life and e.code == 130:      # a launcher stops the others when one has died
-            world.life.look()
+        if world and world.life:
+            ignore_signals()
+            if e.code == 130:       # perhaps the launcher's, because a rank has died
+                world.life.look()
         message = " ".join(str(e).splitlines())
         if log:
             log(f"error: {message}", console=False)

@@ -6,7 +6,9 @@ Twelve spans a step, so that 1 rank x 12 micro-steps, 2 x 6, 3 x 4 and 4 x 3 see
 """
 
 import os
+import signal
 import sys
+import time
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -78,6 +80,8 @@ def run(out: Path, size: int, rank: int, store: str):
     except tg.UserError as e:
         result["error"] = (str(e), e.code)
     result["log"] = r.log.lines
+    for name in ("stopped", "stopped_late", "full"):
+        result[name] = checkpointed(name, out / f"{name}{size}", shards, world)
     torch.save(result, out / f"{size}_{rank}.pt")
     world.sum(torch.zeros(1))
     torch.distributed.destroy_process_group()
@@ -98,6 +102,47 @@ def replicas(r: tg.Run, trainer: tg.Trainer, change: str, world: tg.World) -> tu
     if last and bits is not None:
         bits ^= 1
     return next(line for line in reversed(r.log.lines) if line.startswith("parameters_checksum")), error
+
+
+def checkpointed(what: str, folder: Path, shards, world: tg.World):
+    """Four steps. stopped: the last rank alone gets a signal, rank 0 writes slowly and gets the launcher's signal meanwhile,
+    if it had none. full: no checkpoint can be written."""
+    c = toy.config(TRAIN_BATCH_TOKENS=SPANS * TOKENS, GRAD_ACCUM_STEPS=SPANS // world.size, TRAIN_SEQ_LEN=10, ITERATIONS=4,
+                   CHECKPOINT_EVERY=2 if what == "full" else 0)
+    r = toy.run(c, folder, toy.ListLog(), world)
+    trainer, write, last = tg.Trainer(r, toy.model(c), shards), tg.write_atomically, world.rank == world.size - 1
+    step, settle = trainer.take_step, trainer.settle
+
+    def take_step(*args):
+        if what == "stopped" and last and trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(*args)
+
+    def settle_(*args):
+        if what == "stopped_late" and last and trainer.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        settle(*args)
+
+    def slow_write(*args):
+        if what == "full":
+            raise tg.UserError("disk full", everywhere=False)
+        time.sleep(0.3)
+        if not last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(*args)
+
+    trainer.take_step, trainer.settle, tg.write_atomically = take_step, settle_, slow_write
+    for number in tg.STOP_SIGNALS:
+        signal.signal(number, tg.stop_now)
+    error = None
+    try:
+        trainer.loop(0.0, None)
+    except tg.UserError as e:
+        error = e
+    tg.write_atomically = write
+    if what == "full":
+        return error, trainer.step, [line for line in r.log.lines if line.startswith("warning")]
+    return str(error), getattr(error, "code", None), (folder / "checkpoint.safetensors").is_file()
 
 
 def main() -> int:

@@ -137,6 +137,20 @@ def test_an_error_on_one_rank_stops_all(ranks, size):
     assert {r["error"] for r in ranks[size]} == {("only here", 7)}
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("when, step", [("stopped", "[34]"), ("stopped_late", "4")])
+def test_a_signal_to_one_rank_stops_all_and_none_before_the_checkpoint_is_there(ranks, size, when, step):
+    """In a step, and after the ranks last asked each other."""
+    for error, code, written in (r[when] for r in ranks[size]):
+        assert re.search(f"signal 15 after step {step}; RESUME=1", error) and code == 130 and written
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_training_goes_on_when_a_checkpoint_cannot_be_written(ranks, size):
+    for error, steps, warnings in (r["full"] for r in ranks[size]):
+        assert error is None and steps == 4 and warnings == ["warning: disk full; training goes on"] * 2
+
+
 # --------------------------------------------------------------------------------------------------------------- warm-up
 
 
@@ -344,6 +358,17 @@ def test_a_signal_finishes_the_step_saves_and_resumes_to_the_same(tmp_path, numb
         again, _ = trainer(tmp_path / "parts", ITERATIONS=6, RESUME=1)
         again.loop(0.0, never)
         assert same(state(again), state(whole))
+    finally:
+        for n, handler in kept.items():
+            signal.signal(n, handler)
+
+
+def test_a_signal_after_the_last_question_is_not_lost(tmp_path, monkeypatch):
+    kept = {n: signal.signal(n, tg.stop_now) for n in tg.STOP_SIGNALS}
+    monkeypatch.setattr(tg.Signals, "any_rank", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or 0)
+    try:
+        with pytest.raises(tg.UserError, match="stopped by signal 15"):
+            trainer(tmp_path, ITERATIONS=1)[0].loop(0.0, never)
     finally:
         for n, handler in kept.items():
             signal.signal(n, handler)
