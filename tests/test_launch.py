@@ -127,6 +127,19 @@ def test_the_table(tmp_path, capsys):
     assert out[4].split()[:3] == ["published", "–", "121.7"] and "0.02970 (n=2)" in out[5]
 
 
+def test_the_mean_is_over_finished_runs_with_one_kind_of_result(tmp_path, capsys):
+    logs = {1: ours(1, bpb=1.01), 2: ours(2, bpb=1.03), 3: ours(3, bpb=9, complete=False), 4: ours(4, bpb=9)}
+    logs[3] = "".join(x for x in logs[3].splitlines(True) if not x.startswith("quantized_ttt"))
+    logs[4] = logs[4].replace("\nquantized_ttt_phased", "\nunknown") + "Hyperparameters:\n  seed: 4\n"
+    for seed, text in logs.items():
+        (tmp_path / f"seed{seed}.txt").write_text(text)
+    assert seed_table.main([str(tmp_path / f"seed{seed}.txt") for seed in logs]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[5].split()[0] == "mean" and out[5].split()[-1] == "1.02000"
+    assert out[7:] == ["left out of the mean: seed 3, unfinished", "left out of the mean: seed 4, its result is quantized, not ttt",
+                       "standard deviation of bpb: 0.01414 (n=2)", "seed 4: problem: the file holds 2 runs; the figures mix them"]
+
+
 def test_seeds_fail_alone_and_finished_ones_stay(toy_data, tmp_path):
     """A seed that fails does not stop the rest; one that has finished is not run again; the rest of an unfinished run moves aside."""
     settings = toy.data_env(toy_data, tmp_path, COMPRESSOR="brotli", TTT_ENABLED=0, ITERATIONS=2)
