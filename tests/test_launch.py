@@ -9,10 +9,13 @@ from types import SimpleNamespace
 import pytest
 import toy
 
+import train_gpt as tg
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import preconditions as pre  # noqa: E402
 import seed_table  # noqa: E402
+from parse_log import parse_all  # noqa: E402
 from tools_logs import ours  # noqa: E402
 
 
@@ -26,9 +29,9 @@ def launch(*arguments, **settings):
 
 
 def test_check_without_gpus_names_all_that_is_missing(toy_data, tmp_path):
-    """The full recipe on this data: no GPU, no FlashAttention; what is there is said to be there."""
+    """The full recipe on this data, with smaller steps: no GPU, no FlashAttention; what is there is said to be there."""
     done = launch("--check", NPROC=3, CUDA_VISIBLE_DEVICES="", PATH=f"{tmp_path}:/usr/bin:/bin", DATA_PATH=toy_data, RUNS=tmp_path / "runs",
-                  TOKENIZER_PATH=tmp_path / "no.model", VOCAB_SIZE=toy.VOCAB, ATTENTION_BACKEND="fa3")
+                  TOKENIZER_PATH=tmp_path / "no.model", VOCAB_SIZE=toy.VOCAB, ATTENTION_BACKEND="fa3", TRAIN_BATCH_TOKENS=3072)
     assert done.returncode == 2 and not (tmp_path / "runs").exists()
     state = {line[6:].split(":")[0]: line for line in done.stdout.splitlines()[1:]}
     assert state["gpus"].startswith("FAIL  gpus: 0 visible, 3 needed")
@@ -46,6 +49,34 @@ def test_check_without_gpus_names_all_that_is_missing(toy_data, tmp_path):
 def test_bad_input_gets_one_line(arguments, settings, words):
     done = launch(*arguments, **settings)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr
+
+
+def check(monkeypatch, data, out, name, nproc=1, finished=(), **settings):
+    """What the check of this name finds for these settings."""
+    for key, value in toy.data_env(data, out, **settings).items():
+        monkeypatch.setenv(key, str(value))
+    return pre.run_check(dict(pre.checks(nproc, out, True, finished))[name])
+
+
+@pytest.mark.parametrize("name, settings, words", [
+    ("kernels", {"KERNELS_OFF": "none"}, "KERNELS_OFF='none'"), ("chunks", {"TTT_CHUNK_BY_LENGTH": "8"}, "TTT_CHUNK_BY_LENGTH='8'"),
+    ("training data", {"TRAIN_BATCH_TOKENS": 2 ** 20}, "one step needs"), ("validation data", {"CASEOPS_ENABLED": 1}, "byte sidecar"),
+    ("checkpoint", {"RESUME": 1}, "checkpoint.safetensors is missing")])
+def test_what_the_trainer_refuses_is_a_failed_check(monkeypatch, toy_data, tmp_path, name, settings, words):
+    found = check(monkeypatch, toy_data, tmp_path, name, **settings)
+    assert found.state == "FAIL" and words in found.text
+
+
+def test_finished_runs_must_have_the_settings_of_now(monkeypatch, toy_data, tmp_path):
+    config = toy.config(SEED=7, RUN_ID="x", DATA_PATH="/elsewhere")
+    log = "Hyperparameters:\n" + tg.config_table(config) + "\ndevice count:2 name:x86_64\n"
+    (tmp_path / "log.txt").write_text(log)
+    finished = parse_all([tmp_path / "log.txt"])
+    look = lambda nproc=2, **settings: check(monkeypatch, toy_data, tmp_path, "finished runs", nproc, finished, **settings)
+    assert look().state == "ok"
+    assert f"{tmp_path}/log.txt ran with NPROC=2, now 8: FORCE=1" in look(8).text
+    found = look(TTT_ENABLED=1, MATRIX_LR=0.5)
+    assert found.state == "FAIL" and f"{tmp_path}/log.txt ran with MATRIX_LR=0.026, now 0.5: FORCE=1" in found.text
 
 
 def test_wrong_settings_are_a_failed_check(tmp_path):
