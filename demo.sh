@@ -4,14 +4,15 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 tools/install.sh requirements.txt
-while IFS= read -r line; do
-    name=${line%%=*}
-    [[ $line == \#* || -z $line || -n ${!name+given} ]] || export "$line"
-done < recipes/demo.env
+. tools/recipe.sh
+read_recipe recipes/demo.env
 [ "$DATA_PATH" != ./data/sample ] || .venv/bin/python data/sample.py
 export ARTIFACT_DIR=${ARTIFACT_DIR:-runs/demo} RUN_ID=${RUN_ID:-demo-$(date +%Y%m%d-%H%M%S)}
 .venv/bin/python train_gpt.py
 log=$ARTIFACT_DIR/$RUN_ID.txt
+[ -f "$log" ] || exit 0                                 # CONFIG_CHECK=1 only prints
+# QUANTIZE_ONLY=1 and EVAL_ONLY=1 do not train
+grep -Eq '^[0-9]+/[0-9]+ (train|val)_loss: ' "$log" || { echo "no loss in this run, so no table and plot: $log"; exit 0; }
 plot=$ARTIFACT_DIR/$RUN_ID.png
 .venv/bin/python tools/plot_log.py "$log" -o "$plot" > /dev/null
 echo

@@ -7,7 +7,8 @@
 #
 # From the environment: SEEDS="42 0 1234", RECIPE=recipes/h100x8.env, NPROC=8, PYTHON, RUNS=runs/<recipe>, NAME, AUTHOR, GITHUB_ID,
 # and any setting of train_gpt.py, which wins over the recipe. A seed that fails is reported and the rest go on; one that
-# has finished is not run again (FORCE=1 runs all anew). Exit codes: 0, 1 (a seed or the record failed), 2 (preconditions).
+# has finished is not run again, and other settings than it had are refused (FORCE=1 runs all anew). A record that is refused
+# leaves the earlier one. Exit codes: 0, 1 (a seed or the record failed), 2 (preconditions).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 trap 'echo "error: stopped; finished seeds are kept" >&2; exit 130' INT TERM
@@ -39,24 +40,31 @@ if [ $rehearse = 1 ]; then
     export SLIDING_WINDOW_ENABLED=${SLIDING_WINDOW_ENABLED:-0} TRAIN_LOG_EVERY=${TRAIN_LOG_EVERY:-1}
 fi
 [ -f "$recipe" ] || { echo "error: RECIPE=$recipe is missing: expected one of $(echo recipes/*.env)" >&2; exit 2; }
-while IFS= read -r line; do
-    name=${line%%=*}
-    [[ $line == \#* || -z $line || -n ${!name+given} ]] || export "$line"
-done < "$recipe"
+. tools/recipe.sh
+read_recipe "$recipe"
 title=$(basename "$recipe" .env)
 [ $rehearse = 0 ] || title+=-rehearsal
 runs=${RUNS:-runs/$title}
 
-[ "${DATA_PATH-}" != ./data/sample ] || [ -f data/sample/tokenizer.model ] || "$PYTHON" data/sample.py > /dev/null
+if [ "${DATA_PATH-}" = ./data/sample ] && [ ! -f data/sample/tokenizer.model ] \
+        && "$PYTHON" -c "import numpy, sentencepiece" 2> /dev/null; then        # a missing package is the preconditions' to name
+    "$PYTHON" data/sample.py > /dev/null
+fi
+has_finished() { [ -z "${FORCE-}" ] && grep -q '^run_complete ' "$runs/seed$1/seed$1.txt" 2> /dev/null; }
+finished=()
+for seed in $seeds; do
+    ! has_finished "$seed" || finished+=("$runs/seed$seed/seed$seed.txt")
+done
 echo "$recipe, seeds $seeds, $nproc ranks, into $runs"
-"$PYTHON" tools/preconditions.py --nproc "$nproc" --folder "$runs" ${cpu[@]+"${cpu[@]}"} || exit 2
+"$PYTHON" tools/preconditions.py --nproc "$nproc" --folder "$runs" ${cpu[@]+"${cpu[@]}"} \
+    ${finished[@]+--finished "${finished[@]}"} || exit 2
 [ $check = 0 ] || exit 0
 
 logs=() failed=()
 for seed in $seeds; do
     folder=$runs/seed$seed
     log=$folder/seed$seed.txt
-    if [ -z "${FORCE-}" ] && grep -q '^run_complete ' "$log" 2> /dev/null; then
+    if has_finished "$seed"; then
         echo "seed $seed has finished before: $log (FORCE=1 runs it again)"
         logs+=("$log")
         continue
@@ -78,10 +86,18 @@ if [ ${#logs[@]} -gt 0 ]; then
     echo
     "$PYTHON" tools/seed_table.py "${logs[@]}"
     echo
-    rm -rf "$runs/record"
-    "$PYTHON" tools/make_record.py "${logs[@]}" --non-record --min-seeds ${#logs[@]} --name "${NAME:-$title}" \
-        --author "${AUTHOR:-$(git config user.name || echo unknown)}" --github-id "${GITHUB_ID:-unknown}" --out "$runs/record" \
-        --command "RECIPE=$recipe SEEDS=\"$seeds\" NPROC=$nproc ./launch.sh${cpu:+ --rehearse}" || status=1
+    new=record.new
+    rm -rf "${runs:?}/$new"
+    if output=$("$PYTHON" tools/make_record.py "${logs[@]}" --non-record --min-seeds ${#logs[@]} --name "${NAME:-$title}" \
+        --author "${AUTHOR:-$(git config user.name || echo unknown)}" --github-id "${GITHUB_ID:-unknown}" --out "$runs/$new"); then
+        rm -rf "$runs/record"
+        mv "$runs/$new" "$runs/record"
+        echo "${output//"/$new/"//record/}"
+    else
+        echo "$output"
+        [ ! -e "$runs/record" ] || echo "error: no new record: $runs/record is an earlier one" >&2
+        status=1
+    fi
 fi
 if [ ${#failed[@]} -gt 0 ]; then
     echo "error: seeds failed: ${failed[*]} of $seeds; the same command runs only these again" >&2

@@ -25,6 +25,7 @@ import io
 import itertools
 import json
 import lzma
+import math
 import os
 import signal
 import sys
@@ -528,6 +529,8 @@ def main() -> int:
             " scores on these shards are not comparable with its",
             file=sys.stderr,
         )
+    if not 0 < args.tokenizer_mb < math.inf:
+        raise DataError(f"--tokenizer-mb {args.tokenizer_mb}: expected a number above 0")
     for path in args.docs:
         if not path.is_file():
             raise DataError(f"{path}: no such file, expected JSON lines")
@@ -537,7 +540,7 @@ def main() -> int:
         load_tokenizer(args.tokenizer, args.caseops)  # says what is wrong with it before anything is written
         tokenizer = {"sha256": sha256_file(args.tokenizer)}
     settings = {
-        "docs": [[path.name, path.stat().st_size] for path in args.docs],
+        "docs": [[path.name, path.stat().st_size, sha256_file(path)] for path in args.docs],
         "caseops": args.caseops,
         "val_docs": args.val_docs,
         "shard_tokens": args.shard_tokens,
@@ -564,6 +567,12 @@ def main() -> int:
         if args.train_tokenizer:
             symbols = CONTROLS if args.caseops else ()
             text = tokenizer_text(args.docs, args.val_docs, args.caseops, args.tokenizer_mb)
+            first = next(text, None)
+            if first is None and args.val_docs:
+                raise DataError(f"all documents are validation: lower --val-docs {args.val_docs}")
+            if first is None:
+                raise DataError("no documents in the input")
+            text = itertools.chain([first], text)
             serialized = train_tokenizer(text, args.vocab_size, symbols, args.normalization)
             print(f"tokenizer trained, {time.perf_counter() - start:.1f} s")
         else:

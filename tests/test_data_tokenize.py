@@ -217,6 +217,8 @@ def test_refusals(docs, texts, data_sample, data_sample_caseops, data_run, tmp_p
         (["--tokenizer", plain], f"{len(texts)} documents, all of them validation (--val-docs 50000)"),
         (["--tokenizer", plain, "--val-docs", -1], "--val-docs -1: expected at least 0"),
         (["--train-tokenizer", "--vocab-size", 60_000, "--val-docs", 40], "SentencePiece refused"),
+        (["--train-tokenizer", "--val-docs", len(texts)], f"all documents are validation: lower --val-docs {len(texts)}"),
+        *((["--train-tokenizer", "--tokenizer-mb", mb], f"--tokenizer-mb {mb}: expected a number above 0") for mb in ("nan", "inf", "0.0")),
         (["--tokenizer", plain, "--docs", tmp_path / "none"], "none: no such file"),
     ]:
         result = data_run("tokenize_docs.py", "--docs", docs, "--out", out, *options)
@@ -240,6 +242,15 @@ def test_refusals(docs, texts, data_sample, data_sample_caseops, data_run, tmp_p
     result = data_run("tokenize_docs.py", *common, "--out", out, "--val-docs", 40)
     assert result.returncode == 0 and "complete already" in result.stdout
     assert contents(out) == before
+
+
+def test_other_text_of_the_same_size_is_another_input(data_sample, data_run, tmp_path):
+    docs = write_lines(tmp_path / "d.jsonl", ["one", "two"])
+    common = ["--docs", docs, "--tokenizer", data_sample / "tokenizer.model", "--out", tmp_path / "out", "--val-docs", 1]
+    assert data_run("tokenize_docs.py", *common).returncode == 0
+    write_lines(docs, ["one", "six"])
+    result = data_run("tokenize_docs.py", *common)
+    assert result.returncode == 2 and "made with docs" in result.stderr and sha256_file(docs) in result.stderr
 
 
 def test_kill_in_the_middle_then_the_same_bytes(data_sample, data_sample_caseops, data_run, tmp_path):

@@ -1,6 +1,7 @@
 """launch.sh and its tools: the preconditions one by one, what happens to seeds that fail or are done, the table."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,13 @@ from types import SimpleNamespace
 import pytest
 import toy
 
+import train_gpt as tg
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import preconditions as pre  # noqa: E402
 import seed_table  # noqa: E402
+from parse_log import parse_all  # noqa: E402
 from tools_logs import ours  # noqa: E402
 
 
@@ -26,9 +30,9 @@ def launch(*arguments, **settings):
 
 
 def test_check_without_gpus_names_all_that_is_missing(toy_data, tmp_path):
-    """The full recipe on this data: no GPU, no FlashAttention; what is there is said to be there."""
+    """The full recipe on this data, with smaller steps: no GPU, no FlashAttention; what is there is said to be there."""
     done = launch("--check", NPROC=3, CUDA_VISIBLE_DEVICES="", PATH=f"{tmp_path}:/usr/bin:/bin", DATA_PATH=toy_data, RUNS=tmp_path / "runs",
-                  TOKENIZER_PATH=tmp_path / "no.model", VOCAB_SIZE=toy.VOCAB, ATTENTION_BACKEND="fa3")
+                  TOKENIZER_PATH=tmp_path / "no.model", VOCAB_SIZE=toy.VOCAB, ATTENTION_BACKEND="fa3", TRAIN_BATCH_TOKENS=3072)
     assert done.returncode == 2 and not (tmp_path / "runs").exists()
     state = {line[6:].split(":")[0]: line for line in done.stdout.splitlines()[1:]}
     assert state["gpus"].startswith("FAIL  gpus: 0 visible, 3 needed")
@@ -46,6 +50,63 @@ def test_check_without_gpus_names_all_that_is_missing(toy_data, tmp_path):
 def test_bad_input_gets_one_line(arguments, settings, words):
     done = launch(*arguments, **settings)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr
+
+
+@pytest.mark.parametrize("line", ["export A=1", "  A=1", "A", "1A=1"])
+def test_a_line_that_is_no_setting_is_named(tmp_path, line):
+    recipe = tmp_path / "x.env"
+    recipe.write_text(f"# a comment\n\n{line}\n")
+    done = launch("--check", RECIPE=recipe)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {recipe}, line 3: '{line}': expected NAME=value") and not done.stdout
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_recipe_without_its_last_newline(tmp_path):
+    (tmp_path / "x.env").write_text("# a comment\nA=1\nB=2\nC=3")
+    script = f'. {ROOT}/tools/recipe.sh; read_recipe {tmp_path}/x.env; python3 -c "import os; print(*map(os.environ.get, \'ABC\'))"'
+    assert subprocess.run(["bash", "-c", script], env={**os.environ, "B": "9"}, capture_output=True, text=True).stdout == "1 9 3\n"
+
+
+def test_rehearsing_without_packages_is_a_failed_check(tmp_path):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    (tmp_path / "data").mkdir()
+    for name in ("launch.sh", "tools", "recipes", "train_gpt.py", "data/sample.py", "data/shards.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copy(ROOT / "launch.sh", tmp_path / "here.sh")
+    done = subprocess.run([str(tmp_path / "here.sh"), "--rehearse"], env={**toy.clean_environment(), "PYTHON": str(bare)},
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "FAIL  packages: numpy is missing" in done.stdout
+    assert done.stderr == "error: 1 preconditions failed: packages\n"
+
+
+def check(monkeypatch, data, out, name, nproc=1, finished=(), **settings):
+    """What the check of this name finds for these settings."""
+    for key, value in toy.data_env(data, out, **settings).items():
+        monkeypatch.setenv(key, str(value))
+    return pre.run_check(dict(pre.checks(nproc, out, True, finished))[name])
+
+
+@pytest.mark.parametrize("name, settings, words", [
+    ("kernels", {"KERNELS_OFF": "none"}, "KERNELS_OFF='none'"), ("chunks", {"TTT_CHUNK_BY_LENGTH": "8"}, "TTT_CHUNK_BY_LENGTH='8'"),
+    ("training data", {"TRAIN_BATCH_TOKENS": 2 ** 20}, "one step needs"), ("validation data", {"CASEOPS_ENABLED": 1}, "byte sidecar"),
+    ("checkpoint", {"RESUME": 1}, "checkpoint.safetensors is missing")])
+def test_what_the_trainer_refuses_is_a_failed_check(monkeypatch, toy_data, tmp_path, name, settings, words):
+    found = check(monkeypatch, toy_data, tmp_path, name, **settings)
+    assert found.state == "FAIL" and words in found.text
+
+
+def test_finished_runs_must_have_the_settings_of_now(monkeypatch, toy_data, tmp_path):
+    config = toy.config(SEED=7, RUN_ID="x", DATA_PATH="/elsewhere")
+    log = "Hyperparameters:\n" + tg.config_table(config) + "\ndevice count:2 name:x86_64\n"
+    (tmp_path / "log.txt").write_text(log)
+    finished = parse_all([tmp_path / "log.txt"])
+    look = lambda nproc=2, **settings: check(monkeypatch, toy_data, tmp_path, "finished runs", nproc, finished, **settings)
+    assert look().state == "ok"
+    assert f"{tmp_path}/log.txt ran with NPROC=2, now 8: FORCE=1" in look(8).text
+    found = look(TTT_ENABLED=1, MATRIX_LR=0.5)
+    assert found.state == "FAIL" and f"{tmp_path}/log.txt ran with MATRIX_LR=0.026, now 0.5: FORCE=1" in found.text
 
 
 def test_wrong_settings_are_a_failed_check(tmp_path):
@@ -127,6 +188,19 @@ def test_the_table(tmp_path, capsys):
     assert out[4].split()[:3] == ["published", "–", "121.7"] and "0.02970 (n=2)" in out[5]
 
 
+def test_the_mean_is_over_finished_runs_with_one_kind_of_result(tmp_path, capsys):
+    logs = {1: ours(1, bpb=1.01), 2: ours(2, bpb=1.03), 3: ours(3, bpb=9, complete=False), 4: ours(4, bpb=9)}
+    logs[3] = "".join(x for x in logs[3].splitlines(True) if not x.startswith("quantized_ttt"))
+    logs[4] = logs[4].replace("\nquantized_ttt_phased", "\nunknown") + "Hyperparameters:\n  seed: 4\n"
+    for seed, text in logs.items():
+        (tmp_path / f"seed{seed}.txt").write_text(text)
+    assert seed_table.main([str(tmp_path / f"seed{seed}.txt") for seed in logs]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[5].split()[0] == "mean" and out[5].split()[-1] == "1.02000"
+    assert out[7:] == ["left out of the mean: seed 3, unfinished", "left out of the mean: seed 4, its result is quantized, not ttt",
+                       "standard deviation of bpb: 0.01414 (n=2)", "seed 4: problem: the file holds 2 runs; the figures mix them"]
+
+
 def test_seeds_fail_alone_and_finished_ones_stay(toy_data, tmp_path):
     """A seed that fails does not stop the rest; one that has finished is not run again; the rest of an unfinished run moves aside."""
     settings = toy.data_env(toy_data, tmp_path, COMPRESSOR="brotli", TTT_ENABLED=0, ITERATIONS=2)
@@ -141,7 +215,38 @@ def test_seeds_fail_alone_and_finished_ones_stay(toy_data, tmp_path):
     assert "seeds failed: 99999999999999999999 of" in done.stderr
     log = (runs / "seed1" / "seed1.txt").read_bytes()
     assert b"run_complete" in log and list((runs / "record").rglob("submission.json"))
+    readme = next((runs / "record").rglob("README.md")).read_text()
+    assert ". ./config.env" in readme and "ITERATIONS=2\n" in next((runs / "record").rglob("config.env")).read_text()
+    other = launch("--rehearse", **{**options, "ITERATIONS": 3})
+    assert other.returncode == 2 and "seed1.txt ran with ITERATIONS=2, now 3: FORCE=1" in other.stdout
+    assert "finished runs" in other.stderr and (runs / "seed2" / "seed2.txt").read_text().startswith("1/2")
+    kept = next((runs / "seed1").glob("final_model.train_gpt.py")).read_bytes()
+    (runs / "seed1" / "final_model.train_gpt.py").write_bytes(b"changed")
+    refused = launch("--rehearse", **{**options, "SEEDS": "1"})
+    assert refused.returncode == 1 and "refused" in refused.stdout and list((runs / "record").rglob("submission.json"))
+    assert "no new record" in refused.stderr and not (runs / "record.new").exists()
+    (runs / "seed1" / "final_model.train_gpt.py").write_bytes(kept)
     done = launch("--rehearse", **options)
+    assert f"\n{runs}/record/track_non_record_16mb/" in done.stdout and not (runs / "record.new").exists()
     assert done.returncode == 0 and "seed 1 has finished before" in done.stdout, done.stdout[-2000:] + done.stderr
     assert (runs / "seed1" / "seed1.txt").read_bytes() == log and "run_complete" in (runs / "seed2" / "seed2.txt").read_text()
     assert len(list(runs.glob("seed2.before-*"))) == 1
+
+
+@pytest.mark.parametrize("text, words", [("quantized val_loss:1", "no loss in this run"), ("| 1/2 train_loss: 1", "no loss in this run"),
+                                         ("1/2 train_loss: 1", "tools/parse_log.py"), (None, "train_gpt.py")])
+def test_the_demo_ends_without_a_plot_where_nothing_was_trained(tmp_path, text, words):
+    """With a python that only says what it is asked to run, and writes this log."""
+    for folder in ("tools", "recipes", ".venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("demo.sh", "tools/recipe.sh", "recipes/demo.env"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    python, install = tmp_path / ".venv/bin/python", tmp_path / "tools/install.sh"
+    install.write_text("#!/bin/sh\n")
+    write = f"mkdir -p $ARTIFACT_DIR; echo '{text}' > $ARTIFACT_DIR/$RUN_ID.txt; touch $ARTIFACT_DIR/final_model.int6" if text else ":"
+    python.write_text(f"#!/bin/bash\necho $1\nif [ $1 = train_gpt.py ]; then {write}; fi\n")
+    for path in (python, install):
+        path.chmod(0o755)
+    done = subprocess.run([str(tmp_path / "demo.sh")], env=toy.clean_environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and words in done.stdout
+    assert ("tools/parse_log.py" in done.stdout) == (words == "tools/parse_log.py")

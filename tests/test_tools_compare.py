@@ -68,6 +68,20 @@ def test_rows_and_config_differences():
     }
 
 
+def test_console_output_in_a_folder_is_no_second_run_and_problems_are_shown(tmp_path):
+    for s in (1, 2):
+        folder = tmp_path / "a" / f"seed{s}"
+        folder.mkdir(parents=True)
+        (folder / f"seed{s}.txt").write_text(ours(s))
+        (folder / "console.txt").write_text("".join(x for x in ours(s).splitlines(True) if x[0] not in " |H"))
+    args = f"{tmp_path}/a/seed1", f"{tmp_path}/a/seed2"
+    assert [len(json.loads(tool("compare.py", *args, "--json").stdout)[k]) for k in "ab"] == [1, 1]
+    twice = tmp_path / "twice.txt"
+    twice.write_text(ours(1) + ours(1, bpb=2.0))
+    assert f"problem: {twice}: the file holds 2 runs" in tool("compare.py", twice, args[1]).stdout
+    assert list(json.loads(tool("compare.py", twice, args[1], "--json").stdout)["problems"]) == [str(twice)]
+
+
 def test_command_line(tmp_path):
     folder = tmp_path / "b"
     folder.mkdir()

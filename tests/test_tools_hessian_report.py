@@ -36,6 +36,14 @@ def test_tables_correlations_and_a_picture(monkeypatch, tmp_path):
     assert (tmp_path / "sigma.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("name, words", [("none/x.png", "No such file"), ("x.foo", "not supported")])
+def test_a_picture_that_cannot_be_written_is_one_line(monkeypatch, tmp_path, name, words):
+    path, _ = report(tmp_path, monkeypatch, 1, CLIP_RULE="hand")
+    done = tool(path, "-o", tmp_path / name)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: -o {tmp_path / name}: ") and words in done.stderr
+
+
 def test_a_run_agrees_with_itself(monkeypatch, tmp_path):
     path, _ = report(tmp_path, monkeypatch, 1, CLIP_RULE="hand")
     done = tool(path, path)

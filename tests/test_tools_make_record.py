@@ -70,6 +70,17 @@ def test_a_clean_set_becomes_a_folder(place):
     assert code == 3 and "exists already" in out["reasons"][0]
 
 
+@pytest.mark.parametrize("config, wanted, absent", [
+    ({"clip_rule": "fisher", "quantizer": "trellis32", "compressor": "entropy"},
+     ["GPTQ", "steps by Fisher information", "trellis-coded quantisation", "Gaussian entropy coder"], ["SDClip", "Brotli"]),
+    ({"clip_rule": "adaptive", "quantizer": "scalar", "compressor": "pergroup"},
+     ["GPTQ", "SDClip", "per-group compression"], ["steps by Fisher information", "trellis-coded quantisation"]),
+    ({}, ["GPTQ", "SDClip"], ["steps by Fisher information"])])  # the references
+def test_credits_follow_the_quantiser(config, wanted, absent):
+    titles = [title for title, _ in make_record.techniques({"config": {"matrix_clip_sigmas": 12.85} | config})]
+    assert not set(wanted) - set(titles) and not set(absent) & set(titles)
+
+
 def test_config_env_can_be_sourced_and_holds_no_run_or_path(place):
     code, out = record(place, *place({"config": {"name_with": "a b'c"}}))
     assert code == 0

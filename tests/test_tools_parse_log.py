@@ -37,6 +37,11 @@ def test_ours_gives_every_metric():
     }  # fmt: skip
 
 
+def test_adapting_without_phases_is_test_time_training_too():
+    run = parse_text(ours(42, bpb=1.05).replace("quantized_ttt_phased val_loss", "quantized_ttt val_loss"))
+    assert run["ttt_bpb"] == 1.05 and run["final"] == "ttt"
+
+
 def test_source_dump_is_kept_exactly_and_never_read_as_log_lines():
     run = parse_text(ours(42))
     assert run["source"] == SOURCE and "\x0c" in SOURCE and "\u2028" in SOURCE

@@ -3,7 +3,7 @@
 
     python tools/compare.py logs/A.txt logs/B.txt                       two runs: differences, no intervals
     python tools/compare.py a1.txt,a2.txt,a3.txt b1.txt,b2.txt,b3.txt   two sets of seeds
-    python tools/compare.py records/…/OLD records/…/NEW --json          two folders; files that are no logs are skipped
+    python tools/compare.py records/…/OLD records/…/NEW --json          two folders; skips what has no settings (console output)
 
 The difference is B − A. Its interval and p-value are Welch's (unequal variances, both sets need two runs or more; the
 p-value is two-sided). Configurations are compared without what is particular to a run (seed, run id, log file).
@@ -84,7 +84,7 @@ def collect(argument: str) -> list[dict]:
                 run = parse(f)
             except LogError:
                 continue
-            if run["steps"] is not None:
+            if run["config"] and run["steps"] is not None:  # console output of the same run has no settings
                 runs.append(run)
     if not runs:
         fail(f"{argument}: no logs there")
@@ -159,10 +159,11 @@ def report(a: list[dict], b: list[dict], rows: list[dict], config: dict, confide
         return ", ".join(f"{r['name']} (seed {r['seed']}{'' if r['complete'] else ', UNFINISHED'})" for r in runs)
 
     head = ["", "A", "B", "B − A", f"{100 * confidence:g}% interval", "p"]
-    lines = [f"A: {names(a)}", f"B: {names(b)}", "", table([head] + [cells(r) for r in rows]), ""]
+    problems = [f"problem: {r['path'] or r['name']}: {p}" for r in a + b for p in r["problems"]]
+    lines = [f"A: {names(a)}", f"B: {names(b)}", *problems, "", table([head] + [cells(r) for r in rows]), ""]
     if min(len(a), len(b)) < 2:
         lines += ["One run has no spread: give two or more seeds on both sides for intervals.", ""]
-    if {r["final"] for r in a} != {r["final"] for r in b}:
+    if len({r["final"] for r in a + b}) > 1:
         lines += ["The results come from different kinds of evaluation: compare them stage by stage.", ""]
     ratios = [r["result_loss"] / r["result_bpb"] for r in map(measures, a + b) if r.get("result_bpb")]
     if ratios and max(ratios) > 1.001 * min(ratios):
@@ -192,7 +193,7 @@ def main(argv=None) -> int:
     ap.add_argument("a", metavar="A", help="a log, a comma list of logs, or a folder")
     ap.add_argument("b", metavar="B", help="the same")
     ap.add_argument("--confidence", type=float, default=0.95, help="of the intervals (0.95)")
-    ap.add_argument("--json", action="store_true", help="one JSON object: a, b (files), rows, config")
+    ap.add_argument("--json", action="store_true", help="one JSON object: a, b (files), problems, rows, config")
     args = ap.parse_args(argv)
     if not 0 < args.confidence < 1:
         fail(f"--confidence {args.confidence:g}: must lie between 0 and 1")
@@ -200,6 +201,7 @@ def main(argv=None) -> int:
     rows, config = differences(a, b, args.confidence), config_differences(a, b)
     if args.json:
         files = {"a": [r["path"] for r in a], "b": [r["path"] for r in b]}
+        files["problems"] = {r["path"]: r["problems"] for r in a + b if r["problems"]}
         print(json.dumps(finite(files | {"confidence": args.confidence, "rows": rows, "config": config})))
     else:
         print(report(a, b, rows, config, args.confidence))

@@ -110,7 +110,10 @@ def draw(reports: list[tuple[str, dict]], target: Path):
     figure.supylabel("σ: step in row deviations × q_max")
     handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", fontsize=8)
-    figure.savefig(target, dpi=120)
+    try:
+        figure.savefig(target, dpi=120)
+    except (OSError, ValueError) as e:          # a ValueError lists the suffixes that matplotlib writes
+        fail(f"error: -o {target}: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}")
 
 
 def main() -> int:

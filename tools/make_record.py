@@ -57,7 +57,8 @@ WRAPPED_NAME = "final_model.train_gpt.py"
 EVAL_TITLES = {"prequant": "before quant.", "quantized": "quantised", "sliding": "sliding window", "ttt": "after TTT"}
 TRAIN_STAGES = ("train", "hessians", "fisher", "gptq")  # they touch training data, so the training budget pays
 
-# (knob, when it counts as used, what it is, whom to thank). Facts from the founding documents and their papers.
+# (knob, its values that count as used or a test of a number, what it is, whom to thank). Facts from the founding
+# documents and their papers.
 TECHNIQUES = [
     ("num_loops", lambda v: v > 0, "depth recurrence", "@msisovic (PR #1204), @clarkkev (PR #1394)"),
     ("loop_phase2_at", lambda v: v > 0, "progressive recurrence", "@Robby955 (PR #1412)"),
@@ -67,11 +68,19 @@ TECHNIQUES = [
     ("sparse_attn_gate_enabled", bool, "sparse attention gate", "the lineage of PR #1855"),
     ("muon_row_normalize", bool, "row-normalised Muon", "Keller Jordan (Muon), @bigbag (PR #1217)"),
     ("polar_express", bool, "Polar Express steps", "Amsel et al. (arXiv 2505.16932)"),
-    ("matrix_clip_sigmas", lambda v: v > 0, "GPTQ, SDClip", "Frantar et al. (arXiv 2210.17323), @clarkkev (PR #1394)"),
+    ("matrix_clip_sigmas", lambda v: v > 0, "GPTQ", "Frantar et al. (arXiv 2210.17323)"),
+    ("clip_rule", ("hand", "adaptive"), "SDClip", "@clarkkev (PR #1394)"),
+    ("clip_rule", ("fisher",), "steps by Fisher information", "ours"),
+    ("quantizer", tuple(f"trellis{n}" for n in (4, 8, 16, 32, 64)), "trellis-coded quantisation",
+     "Marcellin & Fischer (1990), Ungerboeck (1982)"),
     ("hessian_clip_lambda", lambda v: v > 0, "Hessian-aware row clips", "@Robby955 (PR #1412)"),
     ("adaptive_hessian_clip", bool, "adaptive Hessian clip", "@chris-colinsky (PR #1689, #1962)"),
     ("mixed_precision_hessian", bool, "Hessian-driven mixed precision", "@chris-colinsky (PR #1962)"),
     ("lqer_enabled", bool, "LQER correction", "Zhang et al. (arXiv 2402.02446), the lineage of PR #1855"),
+    ("compressor", ("entropy",), "Gaussian entropy coder", "ours"),
+    ("compressor", ("brotli",), "Brotli", "Alakuijala et al. (RFC 7932)"),
+    ("compressor", ("lzma",), "LZMA", "Igor Pavlov (7-Zip)"),
+    ("compressor", ("pergroup",), "per-group compression", "the lineage of PR #1855"),
     ("caseops_enabled", bool, "CaseOps tokenisation", "romeerp/parameter-golf-caseops-v1"),
     ("sliding_window_enabled", bool, "sliding-window evaluation", "@abaybektursun (PR #1019)"),
     ("ttt_enabled", bool, "phased score-first test-time training", "the lineage of PR #1855; Hu et al. (LoRA)"),
@@ -423,10 +432,12 @@ def track(args) -> str:
 
 def techniques(run: dict) -> list[tuple[str, str]]:
     """(technique, credit) for what the configuration switches on."""
-    out = []
+    out, config = [], run["config"]
+    if "matrix_clip_sigmas" in config:
+        config = {"clip_rule": "hand"} | config  # the references know no other
     for knob, used, title, credit in TECHNIQUES:
-        value = run["config"].get(knob)
-        if isinstance(value, (int, float)) and used(value):
+        value = config.get(knob)
+        if value in used if isinstance(used, tuple) else isinstance(value, (int, float)) and used(value):
             out.append((title, credit))
     return out
 

@@ -47,6 +47,7 @@ EVAL_NAMES = {
     "quantized": "quantized",
     "quantized_sliding_window": "sliding",
     "quantized_ttt_phased": "ttt",
+    "quantized_ttt": "ttt",  # PHASED_TTT_ENABLED=0
 }
 
 

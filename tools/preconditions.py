@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Check everything that a run on NPROC GPUs needs before money is spent; one line each, then a summary.
 
-    python tools/preconditions.py --nproc 8 --folder runs/h100x8 [--cpu]
+    python tools/preconditions.py --nproc 8 --folder runs/h100x8 [--cpu] [--finished LOG ...]
 
 The settings are the environment's, as for train_gpt.py. Nothing is changed, on the GPUs neither: nvidia-smi only reads.
-`--cpu` leaves out what only GPUs need. Exit codes: 0 (warnings included), or 2 with every failed check listed.
+`--cpu` leaves out what only GPUs need; `--finished` logs must be of runs with these settings. Exit codes: 0 (warnings
+included), or 2 with every failed check listed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from parse_log import arguments, fail, run_tool
+from parse_log import PATH_KEYS, RUN_KEYS, arguments, config_value, fail, parse_all, run_tool
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -105,8 +106,10 @@ def nvidia_smi(query: str) -> list[list[str]]:
 
 
 def check_data(tg, config, nproc: int, cpu: bool) -> Found:
-    """Enough tokens not to see one twice: a warning if there are fewer."""
-    tokens = sum(len(tg.read_shard(p, config.vocab_size)) for p in tg.find_shards(config, "train"))
+    """Enough tokens for a step, and not to see one twice: a warning if there are fewer."""
+    shards = [tg.read_shard(p, config.vocab_size) for p in tg.find_shards(config, "train")]
+    tg.TokenStream(shards, 0, nproc, tg.micro_batch(config, nproc)[1], config.train_seq_len)
+    tokens = sum(map(len, shards))
     wanted = config.iterations * config.train_batch_tokens
     if config.max_wallclock_seconds and not cpu:
         wanted = min(wanted, int(config.max_wallclock_seconds * PUBLISHED_TOKENS_PER_GPU * nproc))
@@ -115,8 +118,13 @@ def check_data(tg, config, nproc: int, cpu: bool) -> Found:
 
 
 def check_validation(tg, config) -> Found:
-    tokens = sum(len(tg.read_shard(p, config.vocab_size)) for p in tg.find_shards(config, "val"))
-    return ok(f"{tokens:,} tokens")
+    """As the run loads it; the shards alone where the tokenizer, a check of its own, fails."""
+    try:
+        tg.load_tokenizer(config)
+    except tg.UserError:
+        return ok(f"{sum(len(tg.read_shard(p, config.vocab_size)) for p in tg.find_shards(config, 'val')):,} tokens")
+    data = tg.load_validation(config, lambda line: None)
+    return ok(f"{len(data.tokens):,} tokens, {int(data.byte_counts.sum()):,} bytes")
 
 
 def check_tokenizer(tg, config) -> Found:
@@ -127,6 +135,34 @@ def check_tokenizer(tg, config) -> Found:
 def check_batch(tg, config, nproc: int) -> Found:
     count, tokens = tg.micro_batch(config, nproc)
     return ok(f"{config.train_batch_tokens:,} tokens a step = {nproc} ranks x {count} micro-steps x {tokens:,}")
+
+
+def check_kernels(tg, config) -> Found:
+    tg.select_kernels(config)
+    return ok(f"all but {config.kernels_off}" if config.kernels_off else "all")
+
+
+def check_chunks(tg, config) -> Found:
+    rules = tg.chunk_rules(config)
+    return ok(", ".join(f"{chunk} tokens up to {longest}" for longest, chunk in [*rules, ("any length", config.ttt_chunk_size)]))
+
+
+def check_resume(config) -> Found:
+    """launch.sh starts every seed in a new folder, where there is none."""
+    path = Path(config.artifact_dir or ".") / "checkpoint.safetensors"
+    return ok(str(path)) if path.is_file() else bad(f"{path} is missing: RESUME=1 needs the checkpoint of a stopped run")
+
+
+def check_finished(tg, config, nproc: int, runs: list[dict]) -> Found:
+    """Runs that will not be run again had the settings of now, but for what names one run."""
+    for run in runs:
+        pairs = {f.name: (run["config"].get(f.name, f.default), config_value(str(getattr(config, f.name))))
+                 for f in sorted(tg.fields(config), key=lambda f: f.name) if f.name not in RUN_KEYS | PATH_KEYS}
+        pairs["nproc"] = run["device"] and run["device"]["count"], nproc
+        for name, (had, now) in pairs.items():
+            if had != now:
+                return bad(f"{run['path']} ran with {name.upper()}={had}, now {now}: FORCE=1 runs it again, another RUNS keeps it")
+    return ok(", ".join(run["path"] for run in runs))
 
 
 def check_coder(tg, config) -> Found:
@@ -140,11 +176,13 @@ def check_coder(tg, config) -> Found:
 def check_free(folder: Path, needed: float) -> Found:
     while not folder.exists():
         folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        return bad(f"cannot write to {folder.resolve()}")
     free = shutil.disk_usage(folder).free / 1e9
     return (ok if free >= needed else bad)(f"{free:.1f} GB free in {folder.resolve()} ({needed} needed)")
 
 
-def checks(nproc: int, folder: Path, cpu: bool):
+def checks(nproc: int, folder: Path, cpu: bool, finished: list[dict]):
     """(name, check) of everything that applies; checks raise for what they find wrong, or return Found."""
     try:
         import train_gpt as tg
@@ -165,8 +203,15 @@ def checks(nproc: int, folder: Path, cpu: bool):
         yield "gpu clocks", lambda: check_clocks(nvidia_smi)
         yield "other gpu processes", lambda: check_others(nvidia_smi)
     if config:
+        if finished:
+            yield "finished runs", lambda: check_finished(tg, config, nproc, finished)
+        if config.resume:
+            yield "checkpoint", lambda: check_resume(config)
+        yield "kernels", lambda: check_kernels(tg, config)
+        yield "chunks", lambda: check_chunks(tg, config)
         yield "batch", lambda: check_batch(tg, config, nproc)
-        yield "training data", lambda: check_data(tg, config, nproc, cpu)
+        if not config.ttt_eval_only:
+            yield "training data", lambda: check_data(tg, config, nproc, cpu)
         yield "validation data", lambda: check_validation(tg, config)
         yield "tokenizer", lambda: check_tokenizer(tg, config)
         yield "coder", lambda: check_coder(tg, config)
@@ -193,12 +238,13 @@ def main(argv=None) -> int:
     ap = arguments(__doc__)
     ap.add_argument("--nproc", type=int, default=8, help="ranks, one GPU each")
     ap.add_argument("--folder", type=Path, default=Path("runs"), help="where the runs go")
+    ap.add_argument("--finished", nargs="+", default=[], metavar="LOG", help="runs that will not be run again")
     ap.add_argument("--cpu", action="store_true", help="a rehearsal with gloo ranks on the CPU")
     args = ap.parse_args(argv)
     if args.nproc < 1:
         fail(f"--nproc {args.nproc}: at least 1")
     failed = []
-    for name, check in checks(args.nproc, args.folder, args.cpu):
+    for name, check in checks(args.nproc, args.folder, args.cpu, parse_all(args.finished)):
         found = run_check(check)
         print(f"{found.state:4}  {name}: {found.text}", flush=True)
         failed += [name] if found.state == "FAIL" else []

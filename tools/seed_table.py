@@ -3,6 +3,7 @@
 
     python tools/seed_table.py runs/h100x8/seed*/seed*.txt
 
+The mean is over the finished runs whose result comes from the evaluation that most of them have; the others are named.
 ms per step: the training loop's seconds over its steps, so the mean over both looping states. Published: PR #1855's and
 #1962's logs on 8 H100, another text; bits per byte do not compare with ours. Exit codes: 0, or 2 for an unreadable log.
 """
@@ -11,8 +12,9 @@ from __future__ import annotations
 
 import statistics
 
-from parse_log import arguments, parse_all, run_tool, table
+from parse_log import EVALS, arguments, parse_all, run_tool, table
 
+DIGITS = (0, 1, 2, 1, 0, 5)
 PUBLISHED = ["published", "–", "121.7", "≤ 600", "455 to 593", "≤ 16,000,000", "–"]
 
 
@@ -24,25 +26,28 @@ def main(argv=None) -> int:
     ap = arguments(__doc__)
     ap.add_argument("logs", nargs="+", metavar="LOG", help="the log of one seed")
     runs = parse_all(ap.parse_args(argv).logs)
-    rows = [["seed", "steps", "ms/step", "train s", "eval s", "bytes", "bpb"]]
-    columns = []
+    rows, columns, left_out = [["seed", "steps", "ms/step", "train s", "eval s", "bytes", "bpb"]], [], []
+    finals = [r["final"] for r in runs if r["complete"]]
+    usual = max((*reversed(EVALS), None), key=finals.count)
     for r in runs:
         bpb = r[f"{r['final']}_bpb"] if r["final"] else None
-        columns.append([r["steps"], r["step_avg_ms"], r["train_seconds"], r["eval_seconds"], r["artifact_bytes"], bpb])
-        rows.append([str(r["seed"]) + ("" if r["complete"] else " (unfinished)"),
-                     *(cell(v, d) for v, d in zip(columns[-1], (0, 1, 2, 1, 0, 5)))])
-    means, spread = [], None
-    for values, digits in zip(zip(*columns), (0, 1, 2, 1, 0, 5)):
-        known = [v for v in values if v is not None]
-        means.append(cell(statistics.mean(known) if known else None, digits))
-        spread = statistics.stdev(known) if len(known) > 1 else None        # of the last column, the score
-    rows += [["mean", *means], PUBLISHED]
-    print(table(rows))
-    if spread is not None:
-        print(f"standard deviation of bpb: {spread:.5f} (n={len(runs)})")
+        values = [r["steps"], r["step_avg_ms"], r["train_seconds"], r["eval_seconds"], r["artifact_bytes"], bpb]
+        rows.append([str(r["seed"]) + ("" if r["complete"] else " (unfinished)"), *map(cell, values, DIGITS)])
+        if r["complete"] and r["final"] == usual:
+            columns.append(values)
+        else:
+            why = f"its result is {r['final'] or 'missing'}, not {usual or 'missing'}" if r["complete"] else "unfinished"
+            left_out.append(f"left out of the mean: seed {r['seed']}, {why}")
+    known = [[v for v in values if v is not None] for values in zip(*columns)] or [[]] * len(DIGITS)
+    rows += [["mean", *(cell(statistics.mean(v) if v else None, d) for v, d in zip(known, DIGITS))], PUBLISHED]
+    print("\n".join([table(rows), *left_out]))
+    if len(known[-1]) > 1:
+        print(f"standard deviation of bpb: {statistics.stdev(known[-1]):.5f} (n={len(known[-1])})")
     for r in runs:
         for violation in r["violations"]:
             print(f"seed {r['seed']}: budget_violation: {violation}")
+        for problem in r["problems"]:
+            print(f"seed {r['seed']}: problem: {problem}")
     return 0
 
 
