@@ -39,9 +39,10 @@ import threading
 import time
 import uuid
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from decimal import Decimal
 from fnmatch import fnmatch
@@ -1200,6 +1201,24 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:                 # a CPU install has none: the references serve
     triton = tl = None
+
+COMPILED: list[tuple[str, float]] = []      # kernels that Triton has compiled in this process (not read from its cache), seconds
+
+
+def note_compiled(*, metadata: dict, times, cache_hit: bool, **_):
+    if not cache_hit:
+        COMPILED.append((metadata["name"], times.total / 1e6))
+
+
+if hasattr(triton, "knobs"):        # Triton 3.4 and later
+    triton.knobs.compilation.listener = note_compiled
+
+
+def log_compiled(log: Callable[[str], None], known: int, stage: str):
+    """One line about the kernels compiled after the first `known` ones."""
+    new = COMPILED[known:]
+    names = ", ".join(f"{name} {count}" for name, count in Counter(name for name, _ in new).items())
+    log(f"ledger kernels_compiled:{len(new)} seconds:{sum(seconds for _, seconds in new):.1f} stage:{stage}" + f" ({names})" * bool(new))
 
 
 def softcap_ce_reference(logits_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
@@ -4562,7 +4581,8 @@ class Sums(NamedTuple):
 
 
 @torch.no_grad()
-def sum_windows(run: Run, model: GPT, data: Validation, rows: list[np.ndarray], row: int, segments: Segments, name: str) -> Sums:
+def sum_windows(run: Run, model: GPT, data: Validation, rows: list[np.ndarray], row: int, segments: Segments, name: str,
+                adapters: Adapters | None = None) -> Sums:
     """Sums over the scored part of all windows in packed rows of `row` positions; segments: its longest and window."""
     device, tokens = run.world.device, data.tokens
     progress = Progress(run.log, name, len(rows))
@@ -4576,9 +4596,9 @@ def sum_windows(run: Run, model: GPT, data: Validation, rows: list[np.ndarray], 
         as_row = lambda values: torch.from_numpy(values.astype(np.int64))[None]
         fresh = np.zeros(row, bool)                                 # windows that do not go on where the last one ended
         fresh[starts[1:-1][part[1:, 0] != part[:-1, 1]]] = True
-        here = segments._replace(cu_seqlens=cu, fresh=torch.from_numpy(fresh)[None] if fresh.any() else None)
+        here = segments._replace(cu_seqlens=cu, fresh=torch.from_numpy(fresh)[None])
         batch = to_device(Batch(as_row(tokens[padded]), as_row(tokens[padded + 1]), here), device)
-        losses = model.losses(batch.ids, batch.targets, batch.segments)[0, : len(at)]
+        losses = model.losses(batch.ids, batch.targets, batch.segments, adapters=adapters)[0, : len(at)]
         nats += losses.double()[torch.from_numpy(scored).to(device)].sum()
         counts += scored.sum(), data.byte_counts[at[scored] + 1].sum()
         progress(done + 1)
@@ -4604,6 +4624,11 @@ def score_windows(run: Run, model: GPT, data: Validation, windows: np.ndarray, r
     return Score(total.loss, total.bpb, total.tokens, time.perf_counter() - start)
 
 
+def plain_row(c: Config, data: Validation) -> int:
+    """Positions of a row in evaluation: the same for all, so that all share one compiled graph."""
+    return min(c.val_batch_tokens // 8 // c.eval_seq_len, -(-len(data.tokens) // c.eval_seq_len)) * c.eval_seq_len
+
+
 def evaluate(run: Run, model: GPT, data: Validation, name: str, sliding: bool = False, windowed: bool = False) -> Score:
     """Plain evaluation in rows of VAL_BATCH_TOKENS / 8, or a sliding window of EVAL_SEQ_LEN and EVAL_STRIDE.
 
@@ -4611,7 +4636,7 @@ def evaluate(run: Run, model: GPT, data: Validation, name: str, sliding: bool = 
     (deeper layers reach further back, through the keys and values of what they see).
     """
     c, longest = run.config, run.config.eval_seq_len
-    row = min(c.val_batch_tokens // 8 // longest, -(-len(data.tokens) // longest)) * longest
+    row = plain_row(c, data)
     if windowed:
         windows = sliding_windows(data.tokens, len(data.tokens), 1)
         size = int((windows[:, 1] - windows[:, 0]).max())
@@ -4893,6 +4918,11 @@ def later(t: Tensor) -> Callable[[], float]:
     return lambda: (ready.synchronize(), copy.item())[1]
 
 
+def caps_alone(c: Config, caps: Tensor | None) -> Adapters | None:
+    """Adapters that are nothing but softcaps (ASYM_LOGIT_RESCALE), if there are any."""
+    return None if caps is None else Adapters((NO_ADAPTERS,) * len(c.pass_order(c.num_loops)[0]), caps=caps)
+
+
 class GlobalTrainer:
     """Trains the base weights (and the softcaps) on documents already scored; every rank ends with the same weights.
 
@@ -4965,8 +4995,7 @@ class GlobalTrainer:
         held = self.graphs.hold(key, new)
 
         def differentiate():
-            adapters = None if self.caps is None else Adapters((NO_ADAPTERS,) * len(c.pass_order(c.num_loops)[0]), caps=self.caps)
-            losses = self.model.losses(held.ids, held.targets, held.segments, adapters=adapters)[:, lead:]
+            losses = self.model.losses(held.ids, held.targets, held.segments, adapters=caps_alone(c, self.caps))[:, lead:]
             return torch.autograd.grad(losses.sum() / count, self.parameters, allow_unused=True)
 
         return self.graphs(key, differentiate)
@@ -5016,6 +5045,10 @@ class Deadline:
     def __init__(self, began: float, limit: float, plain_rate: float):
         self.began, self.limit, self.plain_rate, self.longest, self.last = began, limit, plain_rate, 0.0, time.perf_counter()
 
+    def resume(self):
+        """After something that will not come again: it does not count as time between two questions."""
+        self.last = time.perf_counter()
+
     def over(self, left: float) -> bool:
         """left: tokens that this rank has yet to score. Keeps room for the longest time between two questions."""
         now = time.perf_counter()
@@ -5033,7 +5066,8 @@ class Adaptation:
         self.phases = plan_phases(self.batches, c)
         self.deadline = Deadline(began, c.eval_time_limit, plain_rate)
         self.rows = max(len(b.documents) for b in self.batches)
-        self.caps = torch.full((2,), c.logit_softcap, device=run.world.device) if c.asym_logit_rescale else None
+        model.requires_grad_(False)
+        self.caps = torch.full((2,), c.logit_softcap, device=run.world.device, requires_grad=True) if c.asym_logit_rescale else None
         self.global_trainer = GlobalTrainer(run, model, self.caps)
         self.reader = Reader(model, self.rows, int(self.batches[0].documents[0, 1]), self.caps, run.log)
         self.mark = torch.cuda.Event() if run.world.device.type == "cuda" else None
@@ -5055,9 +5089,11 @@ class Adaptation:
     def score_plain(self):
         """Score what leave_plain has gathered."""
         if self.plain:
-            windows, longest = np.array(self.plain), self.c.eval_seq_len
-            row = min(self.c.val_batch_tokens // 8 // longest, -(-int((windows[:, 1] - windows[:, 0]).sum()) // longest)) * longest
-            more = sum_windows(self.run, self.model, self.data, pack_windows(windows, row), row, Segments(None, longest), self.name)
+            row = plain_row(self.c, self.data)
+            self.model.requires_grad_(True)             # as in plain evaluation: torch.compile's graphs ask
+            more = sum_windows(self.run, self.model, self.data, pack_windows(np.array(self.plain), row), row,
+                               Segments(None, self.c.eval_seq_len), self.name, caps_alone(self.c, self.caps))
+            self.model.requires_grad_(False)
             if not math.isfinite(more.nats):
                 raise UserError(f"{self.name}: the loss without adapters is {more.nats} too: the model is not usable", code=1,
                                 everywhere=False)
@@ -5130,11 +5166,13 @@ class Adaptation:
     def read_phase(self, number: int, phase: Phase):
         run, begun = self.run, sum(len(b.documents) for b in self.batches[: phase.first])
         self.reader.adapters.restart(self.c.seed + number)
+        self.deadline.resume()
         while not self.crew.stopping(self.signals.received) and (i := phase.first + self.crew.take(number)) < phase.last:
             batch = self.batches[i]
             self.read, self.current = sum(b.tokens for b in self.batches[: i + 1]), batch.tokens
             if self.stop(0):
                 self.leave_plain(batch.documents, np.zeros(len(batch.documents), np.int64))
+                self.score_plain()              # before the next one is taken: all ranks share what is left
                 continue
             got = self.read_batch(batch, self.stop)
             self.mine += got
@@ -5154,36 +5192,44 @@ class Adaptation:
         if self.run.world.sum(torch.tensor(float(not self.adapting)), dist.ReduceOp.MAX):
             self.adapting = False
             return
+        self.learn(documents, lambda: self.signals.received or self.deadline.over(left))
+
+    def learn(self, documents: np.ndarray, out_of_time: Callable[[], bool]):
         self.model.requires_grad_(True)
         with compiling(self.model, self.c.ttt_compile):
-            self.global_trainer(self.data.tokens, documents, lambda: self.signals.received or self.deadline.over(left))
+            self.global_trainer(self.data.tokens, documents, out_of_time)
         for p in self.model.parameters():
             p.grad = None
         self.model.requires_grad_(False)
 
     def warm_up(self):
-        """Compile, or capture as CUDA graphs, on random tokens what most reading will need."""
-        self.model.requires_grad_(False)
-        if self.caps is not None:
-            self.caps.requires_grad_(True)
-        reader, chunk, start = self.reader, self.c.ttt_chunk_size, time.perf_counter()
-        if reader.cache:            # every rung of the ladder twice: eager, captured
-            wanted, rounds, ends, early = reader.graphs.wanted, 2, [*reader.ladder[1:], 1], 1 - -self.c.ttt_live_tokens // chunk
-        else:
-            wanted, rounds, ends, early = self.c.ttt_compile and self.model.compiled, 1, [self.rows // 2] * 2, 3
-        if not wanted:
-            return
+        """Compile, or capture as CUDA graphs, what most reading will need."""
+        start, cached = time.perf_counter(), self.reader.cache is not None
+        if self.reader.graphs.wanted if cached else self.c.ttt_compile and self.model.compiled:
+            self.read_random(1 + cached)            # a graph is captured when its shape comes a second time
+            self.run.log(f"ttt_warm_up: {'captured' if cached else 'compiled'} on random tokens in {time.perf_counter() - start:.1f}s")
+
+    def read_random(self, rounds: int):
+        """Random tokens in batches that pass through all sizes of most reading: of the cached protocol every rung of the ladder."""
+        reader, chunk = self.reader, self.c.ttt_chunk_size
+        ends, early = ([*reader.ladder[1:], 1], 1 - -self.c.ttt_live_tokens // chunk) if reader.cache else ([self.rows // 2] * 2, 3)
         sizes = np.array([early + sum(row < end for end in ends) for row in range(self.rows)]) * chunk
         sizes = np.minimum(sizes, reader.ids.shape[1] - chunk - 1)
-        tokens = np.random.default_rng(0).integers(2, self.c.vocab_size, sizes[0] + self.rows + 1).astype(np.uint16)
+        tokens = random_text(sizes[0] + self.rows + 1, self.c)
         documents = DocumentBatch(np.stack((np.arange(self.rows), sizes), 1), chunk)
-        with compiling(self.model, not reader.cache):
+        with compiling(self.model, self.c.ttt_compile and not reader.cache):
             for _ in range(rounds):
                 reader.begin(documents, tokens)
                 for _ in score_first(reader.chunks(), reader.score, reader.adapt):
                     pass
         self.run.world.sync()
-        self.run.log(f"ttt_warm_up: {'captured' if reader.cache else 'compiled'} on random tokens in {time.perf_counter() - start:.1f}s")
+
+    def rehearse(self):
+        """Everything once, on random text."""
+        documents = np.concatenate([b.documents for b in self.batches])
+        enough = np.searchsorted(documents[:, 1].cumsum(), 3 * self.c.global_ttt_chunk_tokens) + 1
+        self.read_random(1)
+        self.learn(documents[:enough], lambda: False)
 
     def finish_if_signalled(self):
         """After a signal on any rank: the score of what is done, marked partial."""
@@ -5193,6 +5239,17 @@ class Adaptation:
             raise UserError(f"{self.name} stopped by a signal after {total.tokens} of {n} tokens; the score of these is partial", code=130)
 
 
+@contextlib.contextmanager
+def keeping_flags(model: GPT):
+    """What of the model is trained may change inside a with-block."""
+    grad = [p.requires_grad for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for p, wanted in zip(model.parameters(), grad):
+            p.requires_grad_(wanted)
+
+
 def evaluate_adapted(run: Run, model: GPT, data: Validation, name: str, began: float, plain_rate: float,
                      bank: Callable | None = None) -> Score:
     """Test-time training over the validation documents; changes the model's weights in its global phases.
@@ -5200,12 +5257,24 @@ def evaluate_adapted(run: Run, model: GPT, data: Validation, name: str, began: f
     began: perf_counter at the start of the evaluation budget. plain_rate: tokens a second of one rank without
     adapters. bank(batch, chunk, losses): called with every chunk's banked losses.
     """
-    grad = [p.requires_grad for p in model.parameters()]
-    try:
+    with keeping_flags(model):
         return Adaptation(run, model, data, name, began, plain_rate, bank).score()
-    finally:
-        for p, wanted in zip(model.parameters(), grad):
-            p.requires_grad_(wanted)
+
+
+def random_text(n: int, c: Config) -> np.ndarray:
+    """Tokens uint16 [n] without a BOS, always the same."""
+    return np.random.default_rng(0).integers(2, c.vocab_size, n).astype(np.uint16)
+
+
+def rehearse_adaptation(run: Run, model: GPT, data: Validation):
+    """Test-time training's kernels, compiled before any budget: on random text in documents of data's sizes, at a learning
+    rate of 0 where it concerns the model, which stays as it is."""
+    text = np.where(data.tokens == BOS, data.tokens, random_text(len(data.tokens), run.config))
+    with keeping_flags(model):
+        Adaptation(quietly(run)._replace(config=replace(run.config, global_ttt_lr=0.0)), model, data._replace(tokens=text), "",
+                   time.perf_counter(), 1.0).rehearse()
+    if run.world.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 # ======================================================================================================================
@@ -5269,11 +5338,12 @@ def train(run: Run, model: GPT, inputs: Inputs) -> dict[str, Tensor]:
         reserve = reserve_seconds(run, model, inputs, seconds, rehearsed)
     rehearsed.clear()
     run.log(f"gptq:reserving {reserve:.2f}s, effective={1000 * max(c.max_wallclock_seconds - reserve, 0):.0f}ms")
-    known = compiled_graphs()
+    known, kernels = compiled_graphs(), len(COMPILED)
     trainer.loop(reserve, lambda at: validate_in_training(run, model, inputs.validation, at))
     run.log(f"ledger recompilations:{compiled_graphs() - known} stage:train")
     if compiled_graphs() > known:
         run.log("warning: shapes that the warm-up had not seen were compiled inside the training budget")
+    log_compiled(run.log, kernels, "train")
     if run.world.device.type == "cuda":
         peak, held = (f() >> 20 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved))
         run.log(f"peak memory allocated: {peak} MiB reserved: {held} MiB")
@@ -5482,7 +5552,7 @@ def hessian_report(quantizer: Quantizer, coded: dict[str, IntTensor | HalfTensor
 
 def score_artifact(run: Run, model: GPT, path: Path, data: Validation):
     """The submission's own score: read back from disk, unpacked, evaluated, inside the evaluation budget."""
-    c, began = run.config, time.perf_counter()
+    c, began, kernels = run.config, time.perf_counter(), len(COMPILED)
     with run.ledger.stage("unpack", "eval"):
         coded = run.world.together(lambda: read_artifact(path, run.config))
         import_weights(model, restore(coded), str(path))
@@ -5502,6 +5572,7 @@ def score_artifact(run: Run, model: GPT, path: Path, data: Validation):
             rate = plain.tokens / plain.seconds / run.world.size
             log_score(run, name, evaluate_adapted(run, model, data, name, began, rate))
         check_replicas(run, "ttt", list(model.parameters()))
+    log_compiled(run.log, kernels, "eval")
     run.ledger.close("eval")
 
 
@@ -5522,6 +5593,9 @@ def pipeline(config: Config, world: World, log: Log):
         model = GPT(c, world.device, attention_name, compiled)
     log(f"model_params:{sum(p.numel() for p in model.parameters())}")
     path = run.folder / f"final_model.int{c.matrix_bits}.pglf"
+    if c.ttt_enabled and not c.prequant_only and world.device.type == "cuda":
+        with run.ledger.stage("ttt_rehearsal"):
+            rehearse_adaptation(run, model, inputs.validation)
     if not c.ttt_eval_only:
         if c.quantize_only:
             saved, _ = world.together(lambda: load_tensors(run.folder / "final_model.safetensors", c))

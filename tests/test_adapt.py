@@ -217,6 +217,33 @@ def test_time_limit_stops_adapting_not_scoring():
         assert np.isnan(banked).any() and not np.isnan(banked).all()
 
 
+def test_out_of_time_scores_batch_by_batch(monkeypatch):
+    """A rank that takes no time to adapt must not empty the queue: it scores what it took before it takes more."""
+    seen = []
+    take, score = tg.Crew.take, tg.Adaptation.score_plain
+    monkeypatch.setattr(tg.Crew, "take", lambda *a: seen.append("take") or take(*a))
+    run, model = toy.setting(EVAL_TIME_LIMIT=1, PHASED_TTT_ENABLED=0)
+    monkeypatch.setattr(tg.Adaptation, "score_plain", lambda self: (seen.append("score" if self.plain else "-"), score(self)))
+    result = toy.adapt(DATA, run, model, began=time.perf_counter() - 2)[0]
+    batches = len(tg.document_batches(DOCUMENTS, run.config))
+    assert batches > 2 and seen == ["take", "score"] * batches + ["take", "-"] and result.tokens == len(DATA.tokens) - 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"TTT_PROTOCOL": "published"}, {"ASYM_LOGIT_RESCALE": 1}, {"PHASED_TTT_NUM_PHASES": 0}])
+def test_rehearsal_leaves_everything_as_it_was(settings, monkeypatch):
+    steps, step = [], tg.GlobalTrainer.step
+    monkeypatch.setattr(tg.GlobalTrainer, "step", lambda self, stream, a, *rest: steps.append(a) or step(self, stream, a, *rest))
+    run, model = toy.setting(GLOBAL_TTT_CHUNK_TOKENS=32, **settings)
+    list(model.parameters())[0].requires_grad_(False)
+    before, flags = [p.detach().clone() for p in model.parameters()], [p.requires_grad for p in model.parameters()]
+    tg.rehearse_adaptation(run, model, DATA)
+    assert steps[0] == 0 and len(set(steps)) >= 2 and not run.log.lines        # the first step has no token before it
+    assert all(torch.equal(p, q) and p.grad is None for p, q in zip(model.parameters(), before))
+    assert [p.requires_grad for p in model.parameters()] == flags
+    again = toy.adapt(DATA, run, model)[0]
+    assert again.loss == toy.adapt(DATA, GLOBAL_TTT_CHUNK_TOKENS=32, **settings)[0].loss
+
+
 def test_sigterm_prints_a_partial_result():
     run, model = toy.setting()
     original = tg.Reader.adapt

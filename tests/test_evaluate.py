@@ -191,7 +191,7 @@ def test_evaluation_uses_all_loops_and_leaves_no_gradients():
     forward = model.losses
     model.losses = lambda *args, **kw: seen.append((args[3:], kw)) or forward(*args, **kw)
     tg.evaluate(run, model, tg.Validation(documents([64]), np.ones(64, int)), "x")
-    assert seen == [((), {})]
+    assert seen == [((), {"adapters": None})]
     assert all(p.grad is None for p in model.parameters()) and torch.is_grad_enabled()
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -480,3 +481,15 @@ def test_kernels_are_switched_off_by_name():
             tg.select_kernels(toy.config(KERNELS_OFF="softcap"))
     finally:
         tg.select_kernels(toy.config())
+
+
+def test_compiled_kernels_are_counted(monkeypatch):
+    monkeypatch.setattr(tg, "COMPILED", [])
+    lines, times = [], SimpleNamespace(total=1.5e6)
+    for name, hit in (("first", False), ("sum_kernel", False), ("sum_kernel", True), ("sum_kernel", False)):
+        tg.note_compiled(src=None, metadata={"name": name}, metadata_group={}, times=times, cache_hit=hit)
+    tg.log_compiled(lines.append, 1, "eval")
+    tg.log_compiled(lines.append, 3, "train")
+    assert lines == ["ledger kernels_compiled:2 seconds:3.0 stage:eval (sum_kernel 2)", "ledger kernels_compiled:0 seconds:0.0 stage:train"]
+    if hasattr(tg.triton, "knobs"):
+        assert tg.triton.knobs.compilation.listener is tg.note_compiled
