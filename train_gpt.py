@@ -1310,7 +1310,7 @@ def weighted_sum_reference(parts: tuple[Tensor, ...], weights_CD: Tensor | None,
 SUM_BLOCKS = (8, 4), (4, 4, 4)      # rows and warps of a program; backward: and programs on a processor
 
 if triton is not None:
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=[2])         # a scale is one number of a layer's row: no program for each place
     def sum_kernel(parts, weights, scale, gate, out, normed, factor, z, N, eps, D: tl.constexpr, WIDE: tl.constexpr,
                    COUNT: tl.constexpr, HEADS: tl.constexpr, HEADS_WIDE: tl.constexpr, WINDOW: tl.constexpr, WINDOW_WIDE: tl.constexpr,
                    ROWS: tl.constexpr):
@@ -1353,7 +1353,7 @@ if triton is not None:
         tl.store(at, (weight * du).to(at.dtype.element_ty), mask=ok)
         return du * x
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=[2])         # a scale is one number of a layer's row: no program for each place
     def sum_backward_kernel(parts, weights, scale, gate, factor, grad, product, dz, dparts, sums, N, D: tl.constexpr, WIDE: tl.constexpr,
                             COUNT: tl.constexpr, HEADS: tl.constexpr, WINDOW: tl.constexpr, APPLIED: tl.constexpr, NORMED: tl.constexpr,
                             ROWS: tl.constexpr):
@@ -4478,7 +4478,7 @@ def slim_source(source: str) -> str:
     import python_minifier
     tree = ast.parse(source)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    kernels = [f for f in functions if any(ast.unparse(d).endswith("jit") for d in f.decorator_list)]
+    kernels = [f for f in functions if any(ast.unparse(getattr(d, "func", d)).endswith("jit") for d in f.decorator_list)]
     arguments = lambda f: [node for node in ast.walk(f.args) if isinstance(node, ast.arg)]
     for f in functions:
         if f not in kernels:

@@ -193,3 +193,9 @@ def test_a_packed_script_ships_itself(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(tg, "PACKED_SOURCE", "small source", raising=False)
     monkeypatch.setattr(tg, "__file__", str(path))
     assert tg.shipped_script() == packed and tg.script_source() == "small source"
+
+
+def test_kernels_keep_their_constants_in_the_shipped_script():
+    """However a kernel is decorated: without its annotations Triton would take constants for numbers."""
+    source = tg.script_source()
+    assert tg.slim_source(source).count(".constexpr") == source.count(": tl.constexpr") > 40

@@ -493,3 +493,10 @@ def test_compiled_kernels_are_counted(monkeypatch):
     assert lines == ["ledger kernels_compiled:2 seconds:3.0 stage:eval (sum_kernel 2)", "ledger kernels_compiled:0 seconds:0.0 stage:train"]
     if hasattr(tg.triton, "knobs"):
         assert tg.triton.knobs.compilation.listener is tg.note_compiled
+
+
+@pytest.mark.skipif(tg.triton is None, reason="Triton is not installed")
+def test_a_scale_of_any_alignment_is_one_program():
+    """Scales are single numbers of [layers, 2]: half of all compilations would differ in nothing but their alignment."""
+    for kernel in (tg.sum_kernel, tg.sum_backward_kernel):
+        assert [p.name for p in kernel.params if p.do_not_specialize_on_alignment] == ["scale"]
