@@ -1139,7 +1139,7 @@ class Kernel:
     """A pair of functions with one meaning. Call it: the fast one runs on CUDA unless it is switched off."""
     reference: Callable
     fast: Callable
-    # arguments as the run's network will give them: sizes as odd or even as there, since Triton compiles by that
+    # arguments as the run's network will give them: Triton compiles by their types and constants
     example: Callable[[Config, torch.device], tuple] | None = None
     enabled: bool = True
     eager: bool = False     # inside torch.compile the reference serves: the compiler fuses it with its neighbours
@@ -1202,6 +1202,8 @@ try:
 except ImportError:                 # a CPU install has none: the references serve
     triton = tl = None
 
+# Triton compiles a kernel anew for numbers that are no multiple of 16 and for pointers off 16 bytes. What varies in a run is
+# exempt (do_not_specialize): numbers of rows, and scales, which stand anywhere in their layer's row. It costs a comparison or two.
 COMPILED: list[tuple[str, float]] = []      # kernels that Triton has compiled in this process (not read from its cache), seconds
 
 
@@ -1310,7 +1312,7 @@ def weighted_sum_reference(parts: tuple[Tensor, ...], weights_CD: Tensor | None,
 SUM_BLOCKS = (8, 4), (4, 4, 4)      # rows and warps of a program; backward: and programs on a processor
 
 if triton is not None:
-    @triton.jit(do_not_specialize_on_alignment=[2])         # a scale is one number of a layer's row: no program for each place
+    @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["scale"])
     def sum_kernel(parts, weights, scale, gate, out, normed, factor, z, N, eps, D: tl.constexpr, WIDE: tl.constexpr,
                    COUNT: tl.constexpr, HEADS: tl.constexpr, HEADS_WIDE: tl.constexpr, WINDOW: tl.constexpr, WINDOW_WIDE: tl.constexpr,
                    ROWS: tl.constexpr):
@@ -1353,7 +1355,7 @@ if triton is not None:
         tl.store(at, (weight * du).to(at.dtype.element_ty), mask=ok)
         return du * x
 
-    @triton.jit(do_not_specialize_on_alignment=[2])         # a scale is one number of a layer's row: no program for each place
+    @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["scale"])
     def sum_backward_kernel(parts, weights, scale, gate, factor, grad, product, dz, dparts, sums, N, D: tl.constexpr, WIDE: tl.constexpr,
                             COUNT: tl.constexpr, HEADS: tl.constexpr, WINDOW: tl.constexpr, APPLIED: tl.constexpr, NORMED: tl.constexpr,
                             ROWS: tl.constexpr):
@@ -1562,7 +1564,7 @@ if triton is not None:
             for copy in tl.static_range(COPIES):
                 tl.store(part + copy * D, value, mask=ok)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["N", "T"])
     def qkv_heads_kernel(qkv, factor, gain, cos, sin, q, k, v, own, dqkv, dgain, N, T, eps, H: tl.constexpr, K: tl.constexpr,
                          D: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr, HALF_WIDE: tl.constexpr, BLOCK: tl.constexpr,
                          COPIES: tl.constexpr, BACKWARD: tl.constexpr):
@@ -1669,7 +1671,7 @@ def gated_heads_reference(y_BTHd: Tensor, v_BTKd: Tensor, z_BTH: Tensor, xsa: bo
 
 
 if triton is not None:
-    @triton.jit
+    @triton.jit(do_not_specialize=["N"])
     def gated_heads_kernel(y, v, z, out, dy, dv, dz, N, scale, factor, G: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
                            WIDE: tl.constexpr, XSA: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
         """BLOCK tokens of one key/value group per program. Backward reads the gradient of the output in `out`."""
@@ -1775,7 +1777,7 @@ if triton is not None:
         h = hidden.to(tl.float32)
         return tl.sqrt(h) * (2 - 3 * (h.to(tl.int32, bitcast=True) >> SHIFT & 1)).to(tl.float32)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["M"])
     def leaky_mlp_kernel(a, b, hidden, out, M, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr,
                          DEPTH: tl.constexpr, SHIFT: tl.constexpr, BACKWARD: tl.constexpr):
         """Persistent product of a [M, K] with b^T (b [N, K]; backward: b [K, N]), its epilogue in half tiles while the next tile's
@@ -1893,7 +1895,7 @@ def past_attention_reference(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, key
 
 
 if triton is not None:
-    @triton.jit
+    @triton.jit(do_not_specialize=["T"])
     def past_attention_kernel(q, keys, values, y, lse, dy, delta, dq, position, T, P, window, scale, K: tl.constexpr,
                               G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
                               BACKWARD: tl.constexpr):
@@ -1937,7 +1939,7 @@ if triton is not None:
             tl.store(y + at, (total / mass[:, None]).to(y.dtype.element_ty), mask=ok)
             tl.store(lse + row, top + tl.log2(mass), mask=m < T * G)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["T"])
     def past_attention_live_kernel(q, k, v, dy, lse, delta, dk, dv, T, window, scale, K: tl.constexpr, G: tl.constexpr,
                                    D: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
         """Gradients of N live keys and values of one group per program, over the queries of its heads that see them."""
@@ -4982,7 +4984,7 @@ class GlobalTrainer:
         """Of the sum over the targets of positions [a, b) / count; it holds until the next call.
 
         A segment ends with its sequence and, if documents are respected, its document. The token before is read too (for the
-        SmearGate), so that shares do not matter; in fact 16 tokens, since Triton compiles other numbers of rows anew.
+        SmearGate), so that shares do not matter; in fact 16 tokens, so that the number of rows stays a multiple of 16.
         """
         c, lead = self.run.config, min(a, 16)
         row = stream[a - lead: b + 1]
