@@ -89,6 +89,8 @@ def worker():
             if task.get("kill") == world.rank and chunk == 1:       # noqa: B023
                 os.kill(os.getpid(), signal.SIGKILL if task.get("how") != "stop" else signal.SIGSTOP)       # noqa: B023
         try:
+            if task.get("rehearse"):
+                tg.rehearse_adaptation(run, model, documents(task["sizes"]))
             score = tg.evaluate_adapted(run, model, documents(task["sizes"]), "quantized_ttt_phased", time.perf_counter(), 1e9, bank)
             weights = float(sum(p.detach().double().sum() for p in model.parameters()))
             print("SCORE", json.dumps([score.loss, score.bpb, score.tokens, weights]), flush=True)

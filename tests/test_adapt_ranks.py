@@ -51,7 +51,7 @@ def scores(results) -> list[list[list[float]]]:
 # What is the same for any number of ranks: the documents of every phase and the global gradient. What is not: a row's A
 # carries over from the rank's own last batch (TTT_WARM_START_A). Hence adapters stand still here, or start from nothing.
 STILL = [{"settings": {"TTT_PROTOCOL": protocol, "TTT_LORA_LR": 0}} for protocol in ("published", "cached")]
-ONE_BATCH = {"settings": {"TTT_BATCH_SIZE": 16}}
+ONE_BATCH = {"settings": {"TTT_BATCH_SIZE": 16}, "rehearse": True}
 FEW = [{"sizes": sizes, "settings": {"PHASED_TTT_PREFIX_DOCS": 1000, "PHASED_TTT_NUM_PHASES": 3, "TTT_BATCH_SIZE": 1}}
        for sizes in ((20,), (1, 2), (30, 20), (16,) * 5)]
 ALONE = {}
