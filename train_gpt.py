@@ -842,7 +842,8 @@ def log_provenance(run: Run, attention: str, shards: list[Path]):
     log(f"device count:{run.world.size} name:{name}")
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         git = lambda *a: subprocess.run(["git", *a], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
-        log(f"git revision:{git('rev-parse', 'HEAD')}{'+dirty' if git('status', '--porcelain', '-uno') else ''}")
+        here = lambda: git("rev-parse", "HEAD") + "+dirty" * bool(git("status", "--porcelain", "-uno"))
+        log(f"git revision:{os.environ.get('GIT_REVISION') or here()}")         # the variable: where the tree is a copy without history
     log(f"script sha256:{hashlib.sha256(source.encode()).hexdigest()} bytes:{len(source.encode())}")
     for path in shards:         # a whole shard would take a second: its first and last 64 KiB tell shards apart, its header would not
         with open(path, "rb") as file:

@@ -380,7 +380,15 @@ def test_flash_attention_3_is_told(algorithms, monkeypatch, compiled):
 # ------------------------------------------------------------------------------------------------------------ provenance
 
 
-def test_the_log_holds_what_a_repetition_needs(tmp_path):
+def test_a_copy_without_history_is_told_its_revision(monkeypatch):
+    monkeypatch.setenv("GIT_REVISION", "abc123")
+    run = toy.run(toy.config())
+    tg.log_provenance(run, "sdpa", [])
+    assert "git revision:abc123" in run.log.lines
+
+
+def test_the_log_holds_what_a_repetition_needs(tmp_path, monkeypatch):
+    monkeypatch.delenv("GIT_REVISION", raising=False)
     run = toy.run(toy.config())
     shard = toy.write_shard(tmp_path / "fineweb_train_000000.bin", toy.row(77))
     tg.log_provenance(run, "sdpa", [shard])
