@@ -19,6 +19,7 @@ import contextlib
 import decimal
 import difflib
 import functools
+import gc
 import hashlib
 import inspect
 import json
@@ -5276,6 +5277,7 @@ def rehearse_adaptation(run: Run, model: GPT, data: Validation):
     with keeping_flags(model):
         Adaptation(quietly(run)._replace(config=replace(run.config, global_ttt_lr=0.0)), model, data._replace(tokens=text), "",
                    time.perf_counter(), 1.0).rehearse()
+    gc.collect()                # its gigabytes, before training wants them
     if run.world.device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -236,7 +236,10 @@ def test_rehearsal_leaves_everything_as_it_was(settings, monkeypatch):
     run, model = toy.setting(GLOBAL_TTT_CHUNK_TOKENS=32, **settings)
     list(model.parameters())[0].requires_grad_(False)
     before, flags = [p.detach().clone() for p in model.parameters()], [p.requires_grad for p in model.parameters()]
+    kept, init = [], tg.DocumentAdapters.__init__
+    monkeypatch.setattr(tg.DocumentAdapters, "__init__", lambda self, *rest: (init(self, *rest), kept.append(weakref.ref(self)))[0])
     tg.rehearse_adaptation(run, model, DATA)
+    assert [ref() for ref in kept] == [None]            # gigabytes that training needs
     assert steps[0] == 0 and len(set(steps)) >= 2 and not run.log.lines        # the first step has no token before it
     assert all(torch.equal(p, q) and p.grad is None for p, q in zip(model.parameters(), before))
     assert [p.requires_grad for p in model.parameters()] == flags
