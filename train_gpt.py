@@ -543,7 +543,7 @@ class World:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
         if self.size > 1:
             self.life = LifeSigns(self.rank, self.size)
-            self.sum(torch.zeros(1, device=self.device))        # connects: outside every budget, and what cannot shows here
+            self.sum(torch.zeros(1, device=self.device))        # connects, outside every budget; a rank that cannot fails here
 
     def sum(self, t: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
         """In-place all-reduce; returns t."""
@@ -1210,6 +1210,7 @@ COMPILED: list[tuple[str, float]] = []      # kernels that Triton has compiled i
 
 
 def note_compiled(*, metadata: dict, times, cache_hit: bool, **_):
+    """What Triton calls after every kernel that it compiles or reads from its cache; times are microseconds."""
     if not cache_hit:
         COMPILED.append((metadata["name"], times.total / 1e6))
 
@@ -5199,6 +5200,7 @@ class Adaptation:
         self.learn(documents, lambda: self.signals.received or self.deadline.over(left))
 
     def learn(self, documents: np.ndarray, out_of_time: Callable[[], bool]):
+        """One pass of the base weights over documents that have been scored."""
         self.model.requires_grad_(True)
         with compiling(self.model, self.c.ttt_compile):
             self.global_trainer(self.data.tokens, documents, out_of_time)
