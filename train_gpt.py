@@ -29,6 +29,7 @@ import mmap
 import os
 import platform
 import queue
+import re
 import shutil
 import signal
 import statistics
@@ -177,9 +178,11 @@ class Config:
     fisher_row_power: float = knob(0.5, "step ~ sensitivity ^ -this between the rows of a tensor", at_least=0, at_most=1)
     fisher_tensor_power: float = knob(0.5, "the same between tensors", at_least=0, at_most=1)
     fisher_coarsest: float = knob(2.0, "largest step, in hand-set steps: gradients speak of small errors", above=0)
-    fisher_hessian: float = knob(0.0, "share of the squared gradients in the Hessians of GPTQ", at_least=0, at_most=1)
     target_bytes: int = knob(CAP_BYTES, "code + model end just under this; 0: fixed clips", at_least=0, at_most=CAP_BYTES)
     step_grid: int = knob(8, "steps on a grid of so many parts of an octave; 0: any float16", at_least=0, at_most=16)
+    inq_steps: int = knob(8, "training steps between groups of matrices that are quantised in turn; 0: all at once", at_least=0)
+    inq_groups: int = knob(4, "such groups", at_least=2)
+    inq_lr: float = knob(0.01, "learning-rate multiplier of these steps, falling to 0 in each group", above=0)
     small_mantissa_bits: int = knob(7, "mantissa bits kept of the tensors stored as float16 (10: all)", at_least=2, at_most=10)
     mixed_precision_hessian: bool = knob(False, "bits by Hessian sensitivity (PR 1962: a negative result)")
     mixed_precision_bits_low: int = knob(5, "bits of the least sensitive", at_least=2, at_most=8)
@@ -3012,11 +3015,20 @@ class Trainer:
             world.broadcast(p.data)
         self.micro_step, self.optimizers = MicroStep(model, self.accumulate, run.log), Optimizers(model, c, world)
         self.ema = [p.detach().clone() for p in model.parameters()]
-        self.step, self.pending, self.last_loss = 0, None, float("nan")
+        self.step, self.pending, self.last_loss, self.cursor = 0, None, float("nan"), 0
 
     def stream(self) -> TokenStream:
+        """The training data from where the loop left it."""
         c, world = self.run.config, self.run.world
-        return TokenStream(self.shards, world.rank, world.size, self.micro_tokens, c.train_seq_len, c.vocab_size)
+        stream = TokenStream(self.shards, world.rank, world.size, self.micro_tokens, c.train_seq_len, c.vocab_size)
+        stream.cursor = self.cursor
+        return stream
+
+    def forget(self):
+        """The optimizers and the count of steps begin anew, without lines in the log until the loop."""
+        self.settle()
+        self.optimizers.reset()
+        self.step, self.last_loss, self.clock = 0, float("nan"), None
 
     def take_step(self, batches: Prefetcher, loops: int, lr_mul: float):
         """Forward, backward and update; the results of the step before are checked while this one runs."""
@@ -3067,6 +3079,7 @@ class Trainer:
                         f"the averaged weights before it are in {path}", code=1)
 
     clock: Clock | None = None
+    step_seconds = 0.0          # of a step with all loops, where it was measured
 
     def average(self) -> dict[str, Tensor]:
         """EMA weights under their names in files."""
@@ -3098,8 +3111,8 @@ class Trainer:
             for p, average, w in zip(self.model.parameters(), self.ema, weights):
                 p.copy_(w)
                 average.copy_(w)
-        self.optimizers.reset()
-        self.step, self.pending, self.last_loss = 0, None, float("nan")
+        self.pending = None
+        self.forget()
         return seconds
 
     def loop(self, reserve: float, validate: Callable[[str], None]):
@@ -3136,7 +3149,7 @@ class Trainer:
                         run.log(f"warning: {e}; training goes on")
             self.settle()
             run.world.sync()
-            elapsed = self.clock.read()
+            elapsed, self.cursor = self.clock.read(), batches.cursor
             if over:
                 run.log(f"stopping_early: wallclock_cap train_time: {1000 * elapsed:.0f}ms step: {self.step}/{c.iterations}")
             run.ledger.charge("train", elapsed, "train")
@@ -3149,6 +3162,17 @@ class Trainer:
             signals.release()
         if signals.received:            # after the ranks agreed that there was none
             signal.raise_signal(signals.received)
+
+    def refine(self, batches: Prefetcher, steps: int, lr_mul: float, held: dict[str, Tensor]):
+        """Further steps of training at a rate that falls to 0, in which the tensors of `held` (file names) keep their values."""
+        views = export_weights(dict(self.model.named_parameters()), self.run.config.num_layers)
+        places = [views[name] for name in held]
+        for i in range(steps):
+            self.take_step(batches, self.run.config.loops_at(1.0), lr_mul * (1 - i / steps))
+            if held:
+                with torch.no_grad():
+                    torch._foreach_copy_(places, list(held.values()))
+        self.settle()
 
     def announce_loops(self, loops: int, frac: float, first: bool) -> int:
         order, encoder = self.run.config.pass_order(loops)
@@ -3245,19 +3269,15 @@ def collect_hessians(run: Run, model: GPT, shards: list[np.ndarray], batches: in
     return {name: part.view_as(h) for (name, h), part in zip(hessians.items(), parts)}
 
 
-class Sensitivity(NamedTuple):
-    """What the loss feels of a matrix: its mean squared gradients, in the unit of the loss of one batch."""
-    rows: Tensor            # float64 [2, R]: of every row, from even and from odd batches (their agreement shows the noise)
-    columns: Tensor         # float32 [C, C]: gradient products G^T G, a Hessian that knows which inputs matter to the loss
-
-
 FISHER_TOKENS = 4096        # of a batch: small batches give many independent gradients
 NO_TAP = lambda name, value: None       # a forward with a tap is not compiled: no graph for one more length
 
 
 def collect_sensitivity(run: Run, model: GPT, shards: list[np.ndarray], names: list[str], factors: dict[str, Factor],
-                        batches: int) -> dict[str, Sensitivity]:
-    """Fisher sensitivity of each matrix (file names) over `batches` small training batches, averaged over ranks.
+                        batches: int) -> dict[str, Tensor]:
+    """Fisher sensitivity of each matrix (file names) over `batches` small training batches, averaged over ranks: mean squared
+    gradients of its rows in the unit of the loss of one batch, float64 [2, R], from even and from odd batches (their
+    agreement shows the noise).
 
     GPTQ makes errors of the shape step * noise * V, V = U / diag(U) (QUANTIZE), so the loss grows by
     step^2 / 24 * E |g V^T|^2 for a row with gradient g. That is what is averaged, not |g|^2: the two differ where GPTQ
@@ -3271,7 +3291,6 @@ def collect_sensitivity(run: Run, model: GPT, shards: list[np.ndarray], names: l
     stream = TokenStream(shards, world.rank, world.size, tokens, c.train_seq_len)
     parameters = dict(model.named_parameters())
     rows: dict[str, Tensor] = {}
-    columns: dict[str, Tensor] = {}
     mine = max(-(-batches // world.size), 2)
     progress = Progress(run.log, "fisher", mine)
     for i in range(mine):
@@ -3285,16 +3304,13 @@ def collect_sensitivity(run: Run, model: GPT, shards: list[np.ndarray], names: l
                 g = gradients[name].float()
                 if name not in rows:
                     rows[name] = torch.zeros(2, len(g), dtype=torch.float64, device=g.device)
-                    columns[name] = torch.zeros(g.shape[1], g.shape[1], device=g.device)
-                columns[name].addmm_(g.T, g)
                 if (key := input_key(name, factors)) in factors:
                     factor = factors[key]
                     g = (g * factor.live)[:, factor.order] @ (factor.u / factor.u.diagonal()[:, None]).T
                 rows[name][i % 2] += g.square().sum(1)
         progress(i + 1)
-    flat = world.mean(torch.cat([t.flatten().double() for name in names for t in (rows[name], columns[name])])) / mine
-    parts = iter(flat.split([t.numel() for name in names for t in (rows[name], columns[name])]))
-    return {name: Sensitivity(next(parts).view_as(rows[name]), next(parts).view_as(columns[name]).float()) for name in names}
+    whole = world.mean(torch.cat([rows[name] for name in names], 1)) / mine
+    return dict(zip(names, whole.split([rows[name].shape[1] for name in names], 1)))
 
 
 def token_counts(shards: list[np.ndarray], vocab_size: int) -> Tensor:
@@ -3529,7 +3545,7 @@ class Calibration(NamedTuple):
     """Everything that the rules know of a model, by file name (hessians: by hessian_key)."""
     weights: dict[str, Tensor]
     hessians: dict[str, Tensor]
-    sensitivity: dict[str, Sensitivity] = {}
+    sensitivity: dict[str, Tensor] = {}         # see collect_sensitivity
     counts: Tensor | None = None    # of the tokens
 
 
@@ -3593,10 +3609,10 @@ def fisher_rule(names: list[str], known: Calibration, c: Config) -> dict[str, Cl
     """
     logs, excess, size, clips = {}, 0.0, 0, hand_rule(names, known, c)
     names = [name for name in names if name in known.sensitivity]       # of what was not measured nothing better is known
-    usual = float(np.median([known.sensitivity[name].rows.mean().item() / known.weights[name].shape[1] for name in names] or [1.0]))
+    usual = float(np.median([known.sensitivity[name].mean().item() / known.weights[name].shape[1] for name in names] or [1.0]))
     for name in names:
         w = known.weights[name].double()
-        seen = known.sensitivity[name].rows.to(w.device)
+        seen = known.sensitivity[name].to(w.device)
         mean = seen.mean().clamp(usual * w.shape[1] / EXTREME + 1e-30, usual * w.shape[1] * EXTREME + 1e-30)
         prior = mean.expand(len(w))
         if known.counts is not None and len(known.counts) == len(w):
@@ -3667,7 +3683,7 @@ class Quantizer:
     def __init__(self, run: Run, known: Calibration, factors: dict[str, Factor] | None = None):
         c, world = self.c, self.world = run.config, run.world
         self.run, self.known = run, known
-        self.states = c.trellis_states
+        self.states, self.errors = c.trellis_states, {}
         self.union = 2 if self.states else 1        # a trellis takes every second of its integers: half the step, the same bits
         names = [name for name, t in known.weights.items() if is_quantised(name, t)]
         if factors is None:
@@ -3684,6 +3700,7 @@ class Quantizer:
                     clip = self.clips[name]
                     self.clips[name] = clip._replace(rows=rows if clip.rows is None else rows * clip.rows)
         self.factors, self.bits = factors, matrix_bits(names, known, c)
+        self.done: dict[str, IntTensor] = {}        # codes that stay as they are (INQ)
         groups: dict[tuple, list[str]] = {}
         for name in names:
             groups.setdefault((known.weights[name].shape, self.bits[name]), []).append(name)
@@ -3718,10 +3735,11 @@ class Quantizer:
         return snap_steps(steps, batch.w, batch.bits, self.c.step_grid)
 
     def estimate(self, multiplier: float) -> float:
-        """Bytes of the integers before any are made: rows as Gaussians of their own deviation."""
+        """Bytes of the integers that are not done, before any are made: rows as Gaussians of their own deviation."""
         bits = 0.0
         for batch in self.batches:
-            squares = (batch.energy / (self.union * self.steps(batch, multiplier).float()).square()).double()
+            open_N = torch.tensor([name not in self.done for name in batch.names], device=batch.w.device)
+            squares = (batch.energy / (self.union * self.steps(batch, multiplier).float()).square())[open_N].double()
             bits += (0.5 * (1 + 2 * math.pi * math.e * squares).log2()).sum().item() * batch.w.shape[2]
         return bits / 8
 
@@ -3752,23 +3770,45 @@ class Quantizer:
                 coded[name] = IntTensor(q.to(torch.int8).cpu(), step.cpu(), 8)
             elif name not in self.bits:
                 coded[name] = HalfTensor(shorten_mantissa(t, c.small_mantissa_bits).cpu())
-        errors = torch.zeros(len(self.bits), 2, dtype=torch.float64)
-        place = {name: i for i, name in enumerate(self.bits)}
+        coded |= self.done | self.round_all([name for name in self.bits if name not in self.done], multiplier)
+        coded = {name: coded[name] for name in weights} | self.orders()
+        return repair(self, coded) if c.lqer_enabled else coded
+
+    def round_all(self, names: list[str], multiplier: float) -> dict[str, IntTensor]:
+        """Codes of these matrices; every rank returns all of them, and notes their errors."""
+        world, coded = self.world, {}
+        errors = torch.zeros(len(names), 2, dtype=torch.float64)
+        place = {name: i for i, name in enumerate(names)}
         for batch in self.batches:
+            mine = [(at, i) for at, i in enumerate(batch.mine) if batch.names[i] in place]
             steps = self.steps(batch, multiplier)
             q = torch.zeros(batch.w.shape, dtype=torch.int8, device=world.device)
-            if batch.mine:
-                q[batch.mine] = self.round(batch.w[batch.mine], batch.factor, steps[batch.mine], batch.bits)
-            for i in batch.mine:
+            if mine:
+                at, here = (list(places) for places in zip(*mine))
+                q[here] = self.round(batch.w[here], Factor(*(t[at] for t in batch.factor)), steps[here], batch.bits)
+            for _, i in mine:
                 h = self.hessian[batch.names[i]]
                 error = batch.w[i] - q[i].float() * steps[i].float()[:, None]
                 for j, x in enumerate((error, batch.w[i])):
                     errors[place[batch.names[i]], j] = x.double().square().sum().item() if h is None else weighted_square(x, h)
             world.sum(q)
-            coded.update({name: IntTensor(q[i].cpu(), steps[i].cpu(), batch.bits, self.states) for i, name in enumerate(batch.names)})
-        self.errors = dict(zip(self.bits, world.sum(errors).tolist()))
-        coded = {name: coded[name] for name in weights} | self.orders()
-        return repair(self, coded) if c.lqer_enabled else coded
+            coded.update({name: IntTensor(q[i].cpu(), steps[i].cpu(), batch.bits, self.states)
+                          for i, name in enumerate(batch.names) if name in place})
+        self.errors |= dict(zip(names, world.sum(errors).tolist()))
+        return coded
+
+    def finish(self, names: list[str], multiplier: float):
+        """Quantise these matrices for good."""
+        self.done |= self.round_all(names, multiplier)
+
+    @torch.no_grad()
+    def update(self, weights: dict[str, Tensor]):
+        """Go on with these weights for all that is not done; steps and Hessians stay those of the first ones."""
+        weights = {name: t if name in self.done else weights[name].detach().clone() for name, t in self.known.weights.items()}
+        self.known = self.known._replace(weights=weights)
+        for batch in self.batches:
+            for i, name in enumerate(batch.names):
+                batch.w[i].copy_(weights[name])
 
     def rate(self, coded: dict[str, IntTensor | HalfTensor], name: str) -> float:
         """Bits a weight of one matrix: the entropy of its integers, given the trellis's state."""
@@ -3803,7 +3843,46 @@ def prepare_all(run: Run, hessians: dict[str, Tensor]) -> dict[str, Factor]:
     return out
 
 
-def quantize(run: Run, weights: dict[str, Tensor], hessians: dict[str, Tensor], sensitivity: dict[str, Sensitivity] | None = None,
+def in_turn(quantizer: Quantizer, count: int) -> list[list[str]]:
+    """The matrices in `count` groups of about as many weights, from the last layer down to the embedding: that order left the
+    least error (records/2026-11-22_inq)."""
+    sizes = {name: quantizer.known.weights[name].numel() for name in quantizer.bits}
+    layer = lambda name: int(name.split(".")[1]) if name.startswith("blocks.") else -1
+    groups, total, before = [[] for _ in range(count)], sum(sizes.values()), 0
+    for name in sorted(sizes, key=layer, reverse=True):
+        groups[min(int((before + sizes[name] / 2) * count / total), count - 1)].append(name)
+        before += sizes[name]
+    return [group for group in groups if group]
+
+
+def quantize_in_turn(run: Run, trainer: Trainer, quantizer: Quantizer, multiplier: float, closing: float = 0.0):
+    """Quantise all groups of matrices but the last, with INQ_STEPS of training after each: what is not quantised yet learns to
+    make up for what is (incremental network quantization: arXiv 1702.03044). Leaves codes and weights in the quantizer.
+
+    closing: seconds that must be left of the training budget; there are fewer steps where time is short.
+    """
+    c, world = run.config, run.world
+    *groups, last = in_turn(quantizer, c.inq_groups)
+    views = export_weights(dict(trainer.model.named_parameters()), c.num_layers)
+    trainer.forget()
+    batches = Prefetcher(trainer.stream(), world.device)
+    try:
+        for i, names in enumerate(groups):
+            with run.ledger.stage("inq", "train"):
+                steps, limit = c.inq_steps, c.max_wallclock_seconds
+                if limit and trainer.step_seconds:
+                    left = (limit - closing - run.ledger.used["train"]) / (len(groups) - i)
+                    steps = max(min(steps, int(left / trainer.step_seconds)), 0)
+                steps = int(world.broadcast(torch.tensor([float(steps)])).item())
+                quantizer.finish(names, multiplier)
+                trainer.refine(batches, steps, c.inq_lr, {n: code.decode().to(world.device) for n, code in quantizer.done.items()})
+                quantizer.update(views)
+            run.log(f"inq: group:{i + 1}/{len(groups) + 1} matrices:{len(names)} steps:{steps} last loss: {trainer.last_loss:.4f}")
+    finally:
+        batches.close()
+
+
+def quantize(run: Run, weights: dict[str, Tensor], hessians: dict[str, Tensor], sensitivity: dict[str, Tensor] | None = None,
              counts: Tensor | None = None) -> dict[str, IntTensor | HalfTensor]:
     """Weights under their file names -> their codes, with the clips of the rule; every rank returns everything."""
     quantizer = Quantizer(run, Calibration(weights, hessians, sensitivity or {}, counts))
@@ -3846,7 +3925,8 @@ def low_rank(error_RC: Tensor, rank: int, h_CC: Tensor | None) -> tuple[Tensor, 
 def repair(quantizer: Quantizer, coded: dict[str, IntTensor | HalfTensor]) -> dict[str, IntTensor | HalfTensor]:
     """Add the two factors of the LQER_TOP_K worst matrices, under their names and LQER_SUFFIXES."""
     c, device = quantizer.c, quantizer.world.device
-    error = {n: quantizer.known.weights[n].float().to(device) - coded[n].decode().to(device) for n in quantizer.bits}
+    error = {n: quantizer.known.weights[n].float().to(device) - coded[n].decode().to(device)
+             for n in quantizer.bits if n not in quantizer.done}         # for what is done training has made up
     size = {n: quantizer.errors[n][0] if c.lqer_pick == "hessian" else e.square().sum().item() for n, e in error.items()}
     out = dict(coded)
     for name in sorted(size, key=size.get, reverse=True)[: c.lqer_top_k]:
@@ -4505,14 +4585,19 @@ def slim_source(source: str) -> str:
         preserve_locals=[a.arg for f in kernels for a in arguments(f) if a.annotation])        # constants come by name
 
 
+def escape(data: bytes) -> str:
+    """Bytes as what stands between triple quotes in a latin-1 source, escaped where they must be (1%): a fifth shorter than base85."""
+    text = data.decode("latin1")
+    for raw, escaped in ((r"\\", r"\\\\"), ("\r", r"\\r"), ("\0(?=[0-7])", r"\\000"), ("\0", r"\\0"), (r'"(?="")|"\Z', r'\\"')):
+        text = re.sub(raw, escaped, text)
+    return text
+
+
 def pack_script(source: str) -> bytes:
-    """The script that ships: slim_source, compressed, self-extracting. The compressed bytes stand in a latin-1 text as
-    they are (1% of them escaped): a fifth shorter than base85."""
+    """The script that ships: slim_source, compressed, self-extracting."""
     import brotli
-    text = brotli.compress(slim_source(source).encode(), quality=11, lgwin=24).decode("latin1")
-    for raw, escaped in (("\\", "\\\\"), ("\r", "\\r"), ("\0", "\\x00"), ('"', '\\"')):
-        text = text.replace(raw, escaped)
-    return WRAPPER.replace("BLOB", text).encode("latin1")
+    packed = brotli.compress(slim_source(source).encode(), quality=11, lgwin=24)
+    return WRAPPER.replace("BLOB", escape(packed)).encode("latin1")
 
 
 def shipped_script() -> bytes:
@@ -5279,9 +5364,7 @@ def rehearse_adaptation(run: Run, model: GPT, data: Validation):
     with keeping_flags(model):
         Adaptation(quietly(run)._replace(config=replace(run.config, global_ttt_lr=0.0)), model, data._replace(tokens=text), "",
                    time.perf_counter(), 1.0).rehearse()
-    gc.collect()                # its gigabytes, before training wants them
-    if run.world.device.type == "cuda":
-        torch.cuda.empty_cache()
+    release_memory(run.world.device)
 
 
 # ======================================================================================================================
@@ -5328,9 +5411,9 @@ def preflight(run: Run) -> Inputs:
     return Inputs(shards, validation, paths + find_shards(c, "val"))
 
 
-def train(run: Run, model: GPT, inputs: Inputs) -> dict[str, Tensor]:
+def train(run: Run, trainer: Trainer, inputs: Inputs) -> dict[str, Tensor]:
     """Warm up, train, save the EMA weights; leaves them in the model and returns them under their file names."""
-    c, trainer = run.config, Trainer(run, model, inputs.shards)
+    c, model = run.config, trainer.model
     reset_peak_memory(run.world.device)         # before the warm-up: what a CUDA graph holds is counted when it is captured
     with run.ledger.stage("warmup"):
         rehearsed = []
@@ -5339,10 +5422,15 @@ def train(run: Run, model: GPT, inputs: Inputs) -> dict[str, Tensor]:
             if c.max_wallclock_seconds and c.gptq_reserve_seconds < 0 and not c.prequant_only:
                 rehearsed[:] = [calibrate(quietly(run), model, trainer.average(), inputs.shards, 1, 1)]
                 rehearsed[0]()
+                if c.inq_steps:
+                    short = quietly(run._replace(config=replace(c, inq_steps=1)))
+                    quantize_in_turn(short, trainer, rehearsed[0], 1.0)
         seconds = trainer.warm_up(rehearse)
+    if c.inq_steps and c.max_wallclock_seconds and not c.prequant_only:
+        trainer.step_seconds = seconds_a_step(trainer)
     reserve = c.gptq_reserve_seconds
     if reserve < 0:
-        reserve = reserve_seconds(run, model, inputs, seconds, rehearsed)
+        reserve = reserve_seconds(run, trainer, inputs, seconds, rehearsed)
     rehearsed.clear()
     run.log(f"gptq:reserving {reserve:.2f}s, effective={1000 * max(c.max_wallclock_seconds - reserve, 0):.0f}ms")
     known, kernels = compiled_graphs(), len(COMPILED)
@@ -5376,12 +5464,13 @@ def quietly(run: Run) -> Run:
 
 
 USUAL_PASSES = 3        # of GPTQ, until the byte budget is met
+CLOSING_PASSES = 2      # after all groups but one
 
 
-def reserve_seconds(run: Run, model: GPT, inputs: Inputs, rehearsal: float, rehearsed: list[Quantizer]) -> float:
-    """Seconds that calibration and GPTQ will take, from a rehearsal on one batch: every further batch costs as much as
-    one more. A fifth is added; rank 0's figure holds for all."""
-    c = run.config
+def reserve_seconds(run: Run, trainer: Trainer, inputs: Inputs, rehearsal: float, rehearsed: list[Quantizer]) -> float:
+    """Seconds that calibration, GPTQ and the training inside it will take, from a rehearsal on one batch: every further
+    batch costs as much as one more. A fifth is added, but not to training steps; rank 0's figure holds for all."""
+    c, model = run.config, trainer.model
     if not rehearsed:
         return 0.0
 
@@ -5392,12 +5481,37 @@ def reserve_seconds(run: Run, model: GPT, inputs: Inputs, rehearsal: float, rehe
         run.world.sync()
         return time.perf_counter() - start
     total = rehearsal + (c.gptq_calibration_batches - 1) * seconds(lambda: collect_hessians(quietly(run), model, inputs.shards, 1))
-    if uses_fisher(c):
+    if c.clip_rule == "fisher":
         one = seconds(lambda: collect_sensitivity(quietly(run), model, inputs.shards, list(rehearsed[0].bits), {}, 1)) / 2
-        total += max(c.fisher_batches / run.world.size - 2, 0) * one * (2 if c.fisher_hessian else 1)
+        total += max(c.fisher_batches / run.world.size - 2, 0) * one
     if c.target_bytes:
+        rehearsed[0].done.clear()
         total += (USUAL_PASSES - 1) * seconds(rehearsed[0])
-    return run.world.broadcast(torch.tensor([1.2 * total + 0.5], dtype=torch.float64)).item()
+    total = 1.2 * total + 0.5 + c.inq_steps * (c.inq_groups - 1) * trainer.step_seconds
+    return run.world.broadcast(torch.tensor([total], dtype=torch.float64)).item()
+
+
+def seconds_a_step(trainer: Trainer, count: int = 4) -> float:
+    """Of training with all loops, at a learning rate of 0: the weights stay."""
+    world = trainer.run.world
+    batches = Prefetcher(trainer.stream(), world.device)
+    try:
+        trainer.refine(batches, 1, 0.0, {})
+        world.sync()
+        start = time.perf_counter()
+        trainer.refine(batches, count, 0.0, {})
+        world.sync()
+        return (time.perf_counter() - start) / count
+    finally:
+        batches.close()
+        trainer.forget()
+
+
+def release_memory(device: torch.device):
+    """Give back the gigabytes of what is gone, before the next stage wants them."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def reset_peak_memory(device: torch.device):
@@ -5410,10 +5524,6 @@ def validate_in_training(run: Run, model: GPT, data: Validation, at: str):
     run.log(f"{at} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
 
 
-def uses_fisher(c: Config) -> bool:
-    return c.clip_rule == "fisher" or c.fisher_hessian > 0
-
-
 def calibrate(run: Run, model: GPT, weights: dict[str, Tensor], shards: list[np.ndarray], hessian_batches: int,
               fisher_batches: int) -> Quantizer:
     """All that the training data can tell the quantiser. The model holds the same weights."""
@@ -5422,22 +5532,13 @@ def calibrate(run: Run, model: GPT, weights: dict[str, Tensor], shards: list[np.
         hessians = collect_hessians(run, model, shards, hessian_batches)
         factors = prepare_all(run, hessians)
     sensitivity, counts = {}, None
-    if uses_fisher(c):
+    if c.clip_rule == "fisher":
         with ledger.stage("fisher", "train"):
             names = [name for name, t in weights.items() if is_quantised(name, t)]
             counts = token_counts(shards, c.vocab_size)
             sensitivity = collect_sensitivity(run, model, shards, names, factors, fisher_batches)
-            if c.fisher_hessian:
-                factors |= prepare_all(run, blend_hessians(hessians, sensitivity, c.fisher_hessian))
-                sensitivity = collect_sensitivity(run, model, shards, names, factors, fisher_batches)
     with ledger.stage("clips", "train"):
         return Quantizer(run, Calibration(weights, hessians, sensitivity, counts), factors)
-
-
-def blend_hessians(hessians: dict[str, Tensor], sensitivity: dict[str, Sensitivity], share: float) -> dict[str, Tensor]:
-    """A Hessian for each matrix: of its inputs, and with this share of its squared gradients (both at mean diagonal 1)."""
-    scaled = lambda h: h * (len(h) / h.diagonal().sum().clamp_min(1e-30))
-    return {name: torch.lerp(scaled(hessians[hessian_key(name)]), scaled(s.columns), share) for name, s in sensitivity.items()}
 
 
 MULTIPLIERS = (-6.0, 8.0)           # of all steps, log2
@@ -5447,13 +5548,15 @@ class Packed(NamedTuple):
     coded: dict[str, IntTensor | HalfTensor]
     artifact: bytes                 # empty but on rank 0
     size: int                       # with the code
+    at: float                       # log2 of the multiplier of all steps
+    seconds: float                  # of quantising
 
 
-def fit_bytes(run: Run, quantizer: Quantizer, code_bytes: int) -> Packed:
+def fit_bytes(run: Run, quantizer: Quantizer, code_bytes: int, first: float | None = None) -> Packed:
     """Quantise and pack; under TARGET_BYTES with the finest steps for which code and model still fit.
 
     A closed formula gives the size of the integers to within a per cent; what it is off by is learnt from each real
-    packing, so two or three passes do. Raises UserError if the coarsest steps do not fit.
+    packing, so two or three passes do. first: where to begin (log2). Raises UserError if the coarsest steps do not fit.
     """
     c, world, target = run.config, run.world, run.config.target_bytes
     seconds = dict.fromkeys(("gptq", "pack"), 0.0)
@@ -5468,7 +5571,7 @@ def fit_bytes(run: Run, quantizer: Quantizer, code_bytes: int) -> Packed:
         times.append(time.perf_counter())
         for name, a, b in zip(seconds, times, times[1:]):
             seconds[name] += b - a
-        return Packed(coded, artifact, size)
+        return Packed(coded, artifact, size, at, times[1] - times[0])
 
     def solve(rest: float) -> float:
         a, b = MULTIPLIERS
@@ -5478,7 +5581,9 @@ def fit_bytes(run: Run, quantizer: Quantizer, code_bytes: int) -> Packed:
 
     best, (low, high) = None, MULTIPLIERS
     floats = sum(t.numel() for name, t in quantizer.known.weights.items() if name not in quantizer.bits)
-    at = solve(code_bytes + 1.2 * floats + 0.01 * quantizer.estimate(1.0)) if target else 0.0       # a first guess of the rest
+    at = first
+    if at is None:
+        at = solve(code_bytes + 1.2 * floats + 0.01 * quantizer.estimate(1.0)) if target else 0.0       # a first guess of the rest
     for attempt in range(1, 11):
         packed = make(at)
         if not target:
@@ -5502,15 +5607,18 @@ def fit_bytes(run: Run, quantizer: Quantizer, code_bytes: int) -> Packed:
     return best
 
 
-def compress(run: Run, model: GPT, weights: dict[str, Tensor], inputs: Inputs) -> Path:
+def compress(run: Run, trainer: Trainer, weights: dict[str, Tensor], inputs: Inputs) -> Path:
     """Calibration, GPTQ, packing; returns the artifact's path on disk. Over the cap: UserError with code 3, nothing kept."""
     c, log = run.config, run.log
     log("GPTQ:collecting Hessians from calibration data...")
     with run.ledger.stage("code"):
         code = shipped_script() if run.world.rank == 0 else b""
     code_bytes = int(run.world.broadcast(torch.tensor([float(len(code))], dtype=torch.float64)).item())
-    quantizer = calibrate(run, model, weights, inputs.shards, c.gptq_calibration_batches, c.fisher_batches)
+    quantizer = calibrate(run, trainer.model, weights, inputs.shards, c.gptq_calibration_batches, c.fisher_batches)
     packed = fit_bytes(run, quantizer, code_bytes)
+    if c.inq_steps:
+        quantize_in_turn(run, trainer, quantizer, 2.0 ** packed.at, CLOSING_PASSES * packed.seconds)
+        packed = fit_bytes(run, quantizer, code_bytes, packed.at)
     run.ledger.close("train")
     with run.ledger.stage("report"):
         quantizer.log_table(packed.coded)
@@ -5551,7 +5659,7 @@ def hessian_report(quantizer: Quantizer, coded: dict[str, IntTensor | HalfTensor
             out[f"{name}:bits"] = torch.tensor(coded[name].bits)
             out[f"{name}:rate"] = torch.tensor(quantizer.rate(coded, name))
             if name in quantizer.known.sensitivity:
-                out[f"{name}:fisher"] = quantizer.known.sensitivity[name].rows.float()
+                out[f"{name}:fisher"] = quantizer.known.sensitivity[name].float()
     c = quantizer.c
     return out, {"seed": c.seed, "clip_rule": c.clip_rule, "num_layers": c.num_layers, "num_loops": c.num_loops,
                  "loop_start": c.loop_start, "loop_end": c.loop_end}
@@ -5604,17 +5712,20 @@ def pipeline(config: Config, world: World, log: Log):
         with run.ledger.stage("ttt_rehearsal"):
             rehearse_adaptation(run, model, inputs.validation)
     if not c.ttt_eval_only:
+        trainer = Trainer(run, model, inputs.shards)
         if c.quantize_only:
             saved, _ = world.together(lambda: load_tensors(run.folder / "final_model.safetensors", c))
             import_weights(model, saved, str(run.folder / "final_model.safetensors"))
             weights = export_weights(dict(model.named_parameters()), c.num_layers)
         else:
-            weights = train(run, model, inputs)
+            weights = train(run, trainer, inputs)
         with run.ledger.stage("eval_prequant"):
             log_score(run, "diagnostic pre-quantization post-ema", evaluate(run, model, inputs.validation, "prequant"))
         if not c.prequant_only:
             weights = {name: w.detach().clone() for name, w in weights.items()}
-            path = compress(run, model, weights, inputs)
+            path = compress(run, trainer, weights, inputs)
+        del trainer
+        release_memory(world.device)
     if not c.prequant_only:
         score_artifact(run, model, path, inputs.validation)
     log(f"run_complete seconds:{time.perf_counter() - start:.1f}")

@@ -51,10 +51,6 @@ ROWS = [
     ("fisher, trellis8 + LQER", {**FISHER, **T8, **LQER}),
     *((f"fisher, trellis8, lambda {x}", {**FISHER, **T8, "trellis_lambda": x}) for x in (0.0, 0.1, 0.2, 0.35, 0.5)),
     ("fisher, trellis8, 128 batches", {**FISHER, **T8, "fisher_batches": 128}),
-    ("fisher, trellis32, all its Hessian", {**FISHER, "quantizer": "trellis32", "fisher_hessian": 1.0}),
-    ("fisher, trellis8, all its Hessian", {**FISHER, **T8, "fisher_hessian": 1.0}),
-    ("fisher, all its Hessian", {**FISHER, "fisher_hessian": 1.0}),
-    ("fisher, half its Hessian", {**FISHER, "fisher_hessian": 0.5}),
     ("fisher row 1/4, tensor 1/4", HALF),
     ("fisher row 1/2, tensor 1/4", {**FISHER, "fisher_tensor_power": 0.25}),
     ("fisher row 1/4, tensor 1/2", {**FISHER, "fisher_row_power": 0.25}),
@@ -65,7 +61,6 @@ ROWS = [
     ("fisher, steps to 1.5x", {**FISHER, "fisher_coarsest": 1.5}),
     ("plain fisher", {**FISHER, "statistic": "plain"}),
     ("plain fisher row 1/4, tensor 1/4", {**HALF, "statistic": "plain"}),
-    ("hand-set, half of Fisher's Hessian", {**HAND, "fisher_hessian": 0.5}),
     ("hand-set + LQER by Hessian", {**HAND, **LQER, "lqer_pick": "hessian"}),
     ("adaptive (PR 1962)", {**HAND, "clip_rule": "adaptive"}),
     ("hand-set, lambda 0.175 (PR 1412)", {**HAND, "hessian_clip_lambda": 0.175}),
@@ -148,21 +143,15 @@ class Bench:
             print(f"hessians {self.table['hessian_seconds']:.2f} s, factors {self.table['factor_seconds']:.2f} s", flush=True)
         factors, sensitivity = t.prepare_all(run, keep["hessians"]), {}
         collect = lambda factors: t.collect_sensitivity(run, self.model, self.shards, self.names, factors, config.fisher_batches)
-        if t.uses_fisher(config):
+        if config.clip_rule == "fisher":
             # the order of columns hardly changes these: one collection serves scalar and trellis
-            first, key = ((statistic, share, config.fisher_batches) for share in (0.0, config.fisher_hessian))
-            if first not in keep:
+            key = statistic, config.fisher_batches
+            if key not in keep:
                 t.import_weights(self.model, self.weights)
                 t.collect_sensitivity(run, self.model, self.shards, self.names, {}, 2)      # warm-up
-                keep[first], seconds = self.seconds(lambda: collect(factors if statistic == "gptq" else {}))
+                keep[key], seconds = self.seconds(lambda: collect(factors if statistic == "gptq" else {}))
                 self.table[f"fisher_seconds_{statistic}_{config.fisher_batches}"] = seconds
                 print(f"fisher ({statistic}, {config.fisher_batches} batches) {seconds:.2f} s", flush=True)
-            if config.fisher_hessian:
-                blend = t.blend_hessians(keep["hessians"], keep[first], config.fisher_hessian)
-                factors = factors | t.prepare_all(run, blend)
-                if key not in keep:
-                    t.import_weights(self.model, self.weights)
-                    keep[key] = collect(factors)
             sensitivity = keep[key]
         return t.Quantizer(run, t.Calibration(self.weights, keep["hessians"], sensitivity, self.counts), factors)
 

@@ -178,6 +178,14 @@ def test_the_packed_script_is_small_and_the_same_program(packed, monkeypatch):
     assert knobs(small) == knobs(full)
 
 
+@given(st.one_of(st.binary(max_size=300), st.lists(st.sampled_from(b'"\\\r\n\0\x007x\xff')).map(bytes)))
+def test_any_bytes_survive_between_triple_quotes(data):
+    source = b'#coding:latin1\nx = """' + tg.escape(data).encode("latin1") + b'"""\n'
+    scope = {}
+    exec(compile(source, "literal", "exec"), scope)
+    assert scope["x"].encode("latin1") == data
+
+
 def test_packing_is_deterministic(packed):
     assert tg.pack_script(toy.SCRIPT.read_text()) == packed
 

@@ -1,0 +1,177 @@
+"""INQ: matrices quantised in turn, with training in between."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import toy
+
+import train_gpt as tg
+
+SHARDS = [toy.row(1500, range(0, 1500, 23), 1)]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(tg, "SMALLEST_QUANTISED", 500)
+
+
+def trained(folder, steps=0, **settings):
+    """A trainer after some steps, its run, and a quantizer of its weights."""
+    c = toy.config(**{"INQ_STEPS": 3, "INQ_GROUPS": 3, "INQ_LR": 0.3, **settings})
+    run = toy.run(c, folder)
+    trainer = tg.Trainer(run, toy.model(c), SHARDS)
+    batches = tg.Prefetcher(trainer.stream(), run.world.device)
+    for i in range(steps):
+        trainer.take_step(batches, c.num_loops, 1 - i / steps)
+    batches.close()
+    trainer.forget()
+    return trainer, run, tg.calibrate(run, trainer.model, exported(trainer), SHARDS, 2, 4)
+
+
+def exported(trainer):
+    return {n: t.detach().clone() for n, t in
+            tg.export_weights(dict(trainer.model.named_parameters()), trainer.run.config.num_layers).items()}
+
+
+def loss(trainer):
+    batch = tg.to_batch(SHARDS[0][:1025], 32)
+    return trainer.model.losses(batch.ids, batch.targets, batch.segments).mean().item()
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 50])
+def test_groups_take_every_matrix_once_from_the_last_layer_to_the_embedding(tmp_path, small, count):
+    _, _, quantizer = trained(tmp_path)
+    groups = tg.in_turn(quantizer, count)
+    names = [name for group in groups for name in group]
+    assert sorted(names) == sorted(quantizer.bits) and all(groups)
+    assert names[-1] == "tok_emb.weight"
+    layers = [int(name.split(".")[1]) for name in names[:-1]]
+    assert layers == sorted(layers, reverse=True)
+    if count < 5:
+        sizes = [sum(quantizer.known.weights[name].numel() for name in group) for group in groups]
+        assert len(groups) == count and max(sizes) < 2 * sum(sizes) / count
+
+
+def test_what_is_done_stays_and_the_rest_trains(tmp_path, small):
+    """Codes decode to the model's weights to the bit; what was not done has moved; its codes are of the moved weights."""
+    trainer, run, quantizer = trained(tmp_path, 5)
+    before, first = exported(trainer), quantizer(1.5)
+    tg.quantize_in_turn(run, trainer, quantizer, 1.5)
+    *groups, last = tg.in_turn(quantizer, 3)
+    after = exported(trainer)
+    assert set(quantizer.done) == {name for group in groups for name in group}
+    for name, code in quantizer.done.items():
+        assert torch.equal(code.decode(), after[name]), name
+    for name, w in before.items():
+        assert name in quantizer.done or not torch.equal(w, after[name]), name
+    coded = quantizer(1.5)
+    assert list(coded) == list(first)
+    assert all(torch.equal(coded[name].q, quantizer.done[name].q) for name in quantizer.done)
+    assert all(torch.equal(coded[name].q, first[name].q) for name in groups[0]), "the first group has seen no training"
+    assert any(not torch.equal(coded[name].q, first[name].q) for name in groups[1])
+    for name in last:
+        step = coded[name].step.float()[:, None]
+        assert (coded[name].decode() - after[name]).square().mean() < (first[name].decode() - after[name]).square().mean() + 1e-9
+        assert ((coded[name].decode() - after[name]).abs() < 40 * step).all()
+    small_one = next(name for name in before if name not in quantizer.bits)
+    assert torch.allclose(coded[small_one].decode(), after[small_one], rtol=2 ** -8)
+    tg.import_weights(trainer.model, tg.restore(coded))
+    assert [line.split(" last")[0] for line in run.log.lines if line.startswith("inq: ")] == [
+        f"inq: group:{i + 1}/3 matrices:{len(group)} steps:3" for i, group in enumerate(groups)]
+    assert not [line for line in run.log.lines if "train_loss" in line]
+
+
+def test_later_matrices_make_up_for_earlier_ones(tmp_path, small):
+    """A network that has learnt its data, coarse steps: in turn the loss ends lower than all at once, before or after as
+    many steps of training."""
+    settings = dict(INQ_STEPS=20, INQ_GROUPS=4, INQ_LR=0.1, QUANTIZER="scalar")
+    losses = {}
+    for way in ("at once", "trained on, then at once", "in turn"):
+        trainer, run, quantizer = trained(tmp_path, 150, **settings)
+        if way == "in turn":
+            tg.quantize_in_turn(run, trainer, quantizer, 4.0)
+        elif way != "at once":
+            batches = tg.Prefetcher(trainer.stream(), run.world.device)
+            for _ in range(3):
+                trainer.refine(batches, 20, 0.1, {})
+            batches.close()
+            quantizer.update(exported(trainer))
+        tg.import_weights(trainer.model, tg.restore(quantizer(4.0)))
+        losses[way] = loss(trainer)
+    assert losses["in turn"] < min(losses["at once"], losses["trained on, then at once"]), losses
+
+
+def test_an_estimate_is_of_what_is_open(tmp_path, small):
+    """The closed formula of all matrices is that of those done and of those open."""
+    _, _, quantizer = trained(tmp_path)
+    whole = quantizer.estimate(1.3)
+    groups = tg.in_turn(quantizer, 2)
+    parts = []
+    for names in groups:
+        quantizer.done = dict.fromkeys(names)
+        parts.append(quantizer.estimate(1.3))
+    assert sum(parts) == pytest.approx(whole) and min(parts) > 0
+
+
+@pytest.mark.parametrize(["left", "expected"], [(100.0, [3, 3]), (8.5, [2, 2]), (0.0, [0, 0]), (-5.0, [0, 0])])
+def test_there_are_fewer_steps_where_time_is_short(tmp_path, small, left, expected):
+    """Two seconds a step, ten that are to be kept."""
+    trainer, run, quantizer = trained(tmp_path, MAX_WALLCLOCK_SECONDS=1000)
+    trainer.step_seconds = 2.0
+    run.ledger.used["train"] = 1000 - 10 - left
+
+    def refine(batches, steps, lr_mul, held):
+        run.ledger.used["train"] += 2.0 * steps
+    trainer.refine = refine
+    tg.quantize_in_turn(run, trainer, quantizer, 1.0, closing=10.0)
+    steps = [int(line.split("steps:")[1].split()[0]) for line in run.log.lines if line.startswith("inq: ")]
+    assert steps == expected and run.ledger.used["train"] <= max(990.0, 990 - left) + 0.9
+
+
+def test_timing_a_step_leaves_no_trace(tmp_path, small):
+    """Weights, averages, optimizer state, the place in the data: to the bit."""
+    results = []
+    for timed in (False, True):
+        trainer, run, _ = trained(tmp_path, ITERATIONS=4)
+        if timed:
+            assert tg.seconds_a_step(trainer) > 0
+            assert trainer.step == 0 and not run.log.lines[-1].startswith("1/")
+        trainer.loop(0.0, lambda at: None)
+        results.append([*trainer.model.parameters(), *trainer.ema, *(v for _, v in sorted(trainer.optimizers.save().items()))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_training_goes_on_where_the_loop_stopped(tmp_path, small):
+    trainer, run, quantizer = trained(tmp_path, ITERATIONS=4)
+    trainer.loop(0.0, lambda at: None)
+    assert trainer.cursor == 4 * 129 and np.array_equal(trainer.stream().next()[0], SHARDS[0][4 * 129: 5 * 129])
+
+
+def test_repairs_are_of_what_was_quantised_last(tmp_path, small):
+    """Training has made up for the errors of the others as they are."""
+    trainer, run, quantizer = trained(tmp_path, LQER_ENABLED=1, LQER_TOP_K=2, LQER_RANK=2)
+    tg.quantize_in_turn(run, trainer, quantizer, 2.0)
+    repaired = {name.rsplit(".lqer_", 1)[0] for name in quantizer(2.0) if ".lqer_" in name}
+    assert len(repaired) == 2 and repaired <= set(tg.in_turn(quantizer, 3)[-1])
+
+
+def test_a_run_quantises_in_turn_and_its_artifact_is_what_the_model_held(tmp_path, small, monkeypatch):
+    """compress, with a byte budget: the artifact has the codes that training has seen, and ends just under the target."""
+    trainer, run, _ = trained(tmp_path, 5, TARGET_BYTES=0)
+    monkeypatch.setattr(tg, "shipped_script", lambda: b"#" * 1000)
+    inputs = tg.Inputs(SHARDS, None, [])
+    size = len(tg.compress(run, trainer, exported(trainer), inputs).read_bytes()) + 1000
+    target = int(0.9 * size)
+    trainer, run, _ = trained(tmp_path, 5)
+    run = run._replace(config=replace(run.config, target_bytes=target))
+    coded = tg.read_artifact(tg.compress(run, trainer, exported(trainer), inputs), run.config)
+    total = next(int(line.split()[-2]) for line in run.log.lines if line.startswith("Total submission size"))
+    assert 0.99 * target < total <= target
+    held, weights = exported(trainer), tg.restore(coded)
+    groups = [line for line in run.log.lines if line.startswith("inq: ")]
+    assert len(groups) == 2
+    equal = {name for name, w in weights.items() if torch.equal(w, held[name])}
+    done = len(tg.in_turn(tg.Quantizer(run, tg.Calibration(exported(trainer), {}, {}, None), {}), 3)[-1])
+    assert len([name for name in weights if tg.is_quantised(name, weights[name])]) - done <= len(equal)
