@@ -3761,7 +3761,7 @@ class Quantizer:
 
     @torch.no_grad()
     def __call__(self, multiplier: float = 1.0) -> dict[str, IntTensor | HalfTensor]:
-        c, world, weights = self.c, self.world, self.known.weights
+        c, weights = self.c, self.known.weights
         coded: dict[str, IntTensor | HalfTensor] = {}
         for name, t in weights.items():
             if name.endswith("attn_gate_w") and c.gated_attn_quant_gate:

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -66,6 +67,12 @@ def run(out: Path, size: int, rank: int, store: str):
     weights = {n: t.detach().clone() for n, t in tg.export_weights(dict(model.named_parameters()), c.num_layers).items()}
     exact = {n: torch.eye(len(h)) + 0.1 for n, h in hessians.items()}
     result["coded"] = {n: tuple(t) for n, t in tg.quantize(r, weights, exact).items()}
+    in_turn = r._replace(config=replace(c, inq_steps=2, inq_groups=3, inq_lr=0.1))
+    trainer = tg.Trainer(in_turn, model, shards)
+    quantizer = tg.Quantizer(in_turn, tg.Calibration(weights, exact, {}, None))
+    tg.quantize_in_turn(in_turn, trainer, quantizer, 1.0)
+    result["inq"] = {n: t.decode() for n, t in quantizer(1.0).items()}, list(quantizer.done), [p.detach().clone() for p in model.parameters()]
+    tg.import_weights(model, weights)
     tokens = toy.row(1237, range(0, 1237, 41), 3)
     data = tg.Validation(tokens, np.arange(len(tokens)) % 7)
     result["scores"] = [tg.evaluate(r, model, data, "plain")[:3], tg.evaluate(r, model, data, "sliding", sliding=True)[:3]]

@@ -98,6 +98,19 @@ def test_ranks_read_disjoint_spans_and_together_the_same_batch(ranks, size):
         assert order.tolist() == joined[first: first + SPANS * (TOKENS + 1)].tolist()
 
 
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_any_number_of_ranks_quantises_in_turn_alike(ranks, size):
+    """Ranks are equal to the bit; one rank's codes are those of the first group, and nearly those of the rest, which has been
+    trained by sums in another order: a rounding that falls the other way moves a weight by a step, of a few in a hundred."""
+    one, (codes, done, weights) = ranks[1][0]["inq"], ranks[size][0]["inq"]
+    for other in ranks[size][1:]:
+        assert all(torch.equal(t, other["inq"][0][n]) for n, t in codes.items()) and same(weights, other["inq"][2])
+    assert done == one[1] and codes.keys() == one[0].keys()
+    assert torch.equal(codes[done[0]], one[0][done[0]])
+    for name, t in codes.items():
+        assert (t != one[0][name]).float().mean() < 0.05, name
+
+
 SHARDS_OF_RANKS = [toy.row(3000, range(0, 3000, 23), 1), toy.row(500, range(0, 500, 31), 2)]
 
 
