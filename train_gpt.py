@@ -629,6 +629,11 @@ class Ledger:
         self.log, self.world = log, world
         self.limits = {"train": train_limit, "eval": EVAL_BUDGET_SECONDS}
         self.used = {"train": 0.0, "eval": 0.0, "none": 0.0}
+        self.known = 0
+
+    def open(self):
+        """A budget begins: kernels compiled from here on are its own."""
+        self.known = len(COMPILED)
 
     @contextlib.contextmanager
     def stage(self, name: str, budget: str = "none"):
@@ -643,7 +648,8 @@ class Ledger:
         self.log(f"ledger stage:{name} seconds:{seconds:.3f} budget:{budget}")
 
     def close(self, budget: str):
-        """Log used/limit, and the violation line that a record is refused for."""
+        """Log the kernels compiled in it, used/limit, and the violation line that a record is refused for."""
+        log_compiled(self.log, self.known, budget)
         used, limit = self.used[budget], self.limits[budget]
         self.log(f"budget {budget} {used:.2f}/{limit:.0f}" if limit else f"budget {budget} {used:.2f}/none")
         if limit and used > limit:
@@ -2656,8 +2662,10 @@ class KeyValueCache:
         self.position += count
 
 
+@torch.no_grad()
 def export_weights(parameters: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """Stacked parameters -> tensors under their names in files, one per layer."""
+    """Stacked parameters -> views of them under their names in files, one per layer, outside autograd: a node that they kept
+    alive would break the capture of a CUDA graph."""
     out = {}
     for name, p in parameters.items():
         if name in PER_LAYER_NAMES:
@@ -5411,34 +5419,37 @@ def preflight(run: Run) -> Inputs:
     return Inputs(shards, validation, paths + find_shards(c, "val"))
 
 
+def warm_up(run: Run, trainer: Trainer, inputs: Inputs) -> float:
+    """Everything that the training budget pays for, once, so that nothing is compiled in it; returns the seconds that are to
+    be kept for what follows the loop."""
+    c, rehearsed = run.config, []
+    in_budget = c.max_wallclock_seconds > 0 and not c.prequant_only
+
+    def rehearse():
+        if in_budget:
+            rehearsed[:] = [calibrate(quietly(run), trainer.model, trainer.average(), inputs.shards, 1, 1)]
+            rehearsed[0]()
+            if c.inq_steps:
+                quantize_in_turn(quietly(run._replace(config=replace(c, inq_steps=1))), trainer, rehearsed[0], 1.0)
+    seconds = trainer.warm_up(rehearse)
+    if in_budget and c.inq_steps:
+        trainer.step_seconds = seconds_a_step(trainer)
+    return reserve_seconds(run, trainer, inputs, seconds, rehearsed) if c.gptq_reserve_seconds < 0 else c.gptq_reserve_seconds
+
+
 def train(run: Run, trainer: Trainer, inputs: Inputs) -> dict[str, Tensor]:
     """Warm up, train, save the EMA weights; leaves them in the model and returns them under their file names."""
     c, model = run.config, trainer.model
     reset_peak_memory(run.world.device)         # before the warm-up: what a CUDA graph holds is counted when it is captured
     with run.ledger.stage("warmup"):
-        rehearsed = []
-
-        def rehearse():
-            if c.max_wallclock_seconds and c.gptq_reserve_seconds < 0 and not c.prequant_only:
-                rehearsed[:] = [calibrate(quietly(run), model, trainer.average(), inputs.shards, 1, 1)]
-                rehearsed[0]()
-                if c.inq_steps:
-                    short = quietly(run._replace(config=replace(c, inq_steps=1)))
-                    quantize_in_turn(short, trainer, rehearsed[0], 1.0)
-        seconds = trainer.warm_up(rehearse)
-    if c.inq_steps and c.max_wallclock_seconds and not c.prequant_only:
-        trainer.step_seconds = seconds_a_step(trainer)
-    reserve = c.gptq_reserve_seconds
-    if reserve < 0:
-        reserve = reserve_seconds(run, trainer, inputs, seconds, rehearsed)
-    rehearsed.clear()
+        reserve = warm_up(run, trainer, inputs)
     run.log(f"gptq:reserving {reserve:.2f}s, effective={1000 * max(c.max_wallclock_seconds - reserve, 0):.0f}ms")
-    known, kernels = compiled_graphs(), len(COMPILED)
+    known = compiled_graphs()
+    run.ledger.open()
     trainer.loop(reserve, lambda at: validate_in_training(run, model, inputs.validation, at))
     run.log(f"ledger recompilations:{compiled_graphs() - known} stage:train")
     if compiled_graphs() > known:
         run.log("warning: shapes that the warm-up had not seen were compiled inside the training budget")
-    log_compiled(run.log, kernels, "train")
     if run.world.device.type == "cuda":
         peak, held = (f() >> 20 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved))
         run.log(f"peak memory allocated: {peak} MiB reserved: {held} MiB")
@@ -5667,7 +5678,8 @@ def hessian_report(quantizer: Quantizer, coded: dict[str, IntTensor | HalfTensor
 
 def score_artifact(run: Run, model: GPT, path: Path, data: Validation):
     """The submission's own score: read back from disk, unpacked, evaluated, inside the evaluation budget."""
-    c, began, kernels = run.config, time.perf_counter(), len(COMPILED)
+    c, began = run.config, time.perf_counter()
+    run.ledger.open()
     with run.ledger.stage("unpack", "eval"):
         coded = run.world.together(lambda: read_artifact(path, run.config))
         import_weights(model, restore(coded), str(path))
@@ -5687,7 +5699,6 @@ def score_artifact(run: Run, model: GPT, path: Path, data: Validation):
             rate = plain.tokens / plain.seconds / run.world.size
             log_score(run, name, evaluate_adapted(run, model, data, name, began, rate))
         check_replicas(run, "ttt", list(model.parameters()))
-    log_compiled(run.log, kernels, "eval")
     run.ledger.close("eval")
 
 
@@ -5717,6 +5728,7 @@ def pipeline(config: Config, world: World, log: Log):
             saved, _ = world.together(lambda: load_tensors(run.folder / "final_model.safetensors", c))
             import_weights(model, saved, str(run.folder / "final_model.safetensors"))
             weights = export_weights(dict(model.named_parameters()), c.num_layers)
+            run.ledger.open()
         else:
             weights = train(run, trainer, inputs)
         with run.ledger.stage("eval_prequant"):
@@ -5724,6 +5736,8 @@ def pipeline(config: Config, world: World, log: Log):
         if not c.prequant_only:
             weights = {name: w.detach().clone() for name, w in weights.items()}
             path = compress(run, trainer, weights, inputs)
+        else:
+            run.ledger.close("train")
         del trainer
         release_memory(world.device)
     if not c.prequant_only:

@@ -175,3 +175,30 @@ def test_a_run_quantises_in_turn_and_its_artifact_is_what_the_model_held(tmp_pat
     equal = {name for name, w in weights.items() if torch.equal(w, held[name])}
     done = len(tg.in_turn(tg.Quantizer(run, tg.Calibration(exported(trainer), {}, {}, None), {}), 3)[-1])
     assert len([name for name in weights if tg.is_quantised(name, weights[name])]) - done <= len(equal)
+
+
+@pytest.mark.parametrize("reserve", [-1, 2])
+def test_what_a_budget_pays_for_is_rehearsed_before_it(tmp_path, small, monkeypatch, reserve):
+    """Hessians, Fisher, GPTQ and steps in turn, whether the reserve is measured or given; nothing of it stays."""
+    c = toy.config(INQ_STEPS=3, INQ_GROUPS=3, MAX_WALLCLOCK_SECONDS=1000, GPTQ_RESERVE_SECONDS=reserve, WARMUP_STEPS=1)
+    run = toy.run(c, tmp_path)
+    trainer = tg.Trainer(run, toy.model(c), SHARDS)
+    before = [p.detach().clone() for p in (*trainer.model.parameters(), *trainer.ema)]
+    called = []
+    for name in ("collect_hessians", "collect_sensitivity", "quantize_in_turn"):
+        monkeypatch.setattr(tg, name, lambda *a, name=name, real=getattr(tg, name), **k: (called.append(name), real(*a, **k))[1])
+    kept = tg.warm_up(run, trainer, tg.Inputs(SHARDS, None, []))
+    assert set(called) == {"collect_hessians", "collect_sensitivity", "quantize_in_turn"}
+    assert trainer.step_seconds > 0 and trainer.step == 0 and trainer.cursor == 0
+    assert kept == 2 if reserve == 2 else kept > 6 * trainer.step_seconds
+    assert all(torch.equal(a, b) for a, b in zip(before, (*trainer.model.parameters(), *trainer.ema), strict=True))
+    assert not run.log.lines, "a rehearsal is not a run"
+
+
+def test_exported_weights_keep_nothing_of_autograd_alive(tmp_path):
+    """A parameter's AccumulateGrad node that outlives a backward pass breaks the capture of the micro-step's graph."""
+    trainer, _, _ = trained(tmp_path)
+    views = tg.export_weights(dict(trainer.model.named_parameters()), trainer.run.config.num_layers)
+    assert all(t.grad_fn is None for t in views.values())
+    bases = {p.data_ptr() for p in trainer.model.parameters()}
+    assert bases <= {t.data_ptr() for t in views.values()}, "views, not copies"
