@@ -185,8 +185,12 @@ def test_what_a_budget_pays_for_is_rehearsed_before_it(tmp_path, small, monkeypa
     trainer = tg.Trainer(run, toy.model(c), SHARDS)
     before = [p.detach().clone() for p in (*trainer.model.parameters(), *trainer.ema)]
     called = []
+
+    def watch(name):
+        real = getattr(tg, name)
+        monkeypatch.setattr(tg, name, lambda *args: (called.append(name), real(*args))[1])
     for name in ("collect_hessians", "collect_sensitivity", "quantize_in_turn"):
-        monkeypatch.setattr(tg, name, lambda *a, name=name, real=getattr(tg, name), **k: (called.append(name), real(*a, **k))[1])
+        watch(name)
     kept = tg.warm_up(run, trainer, tg.Inputs(SHARDS, None, []))
     assert set(called) == {"collect_hessians", "collect_sensitivity", "quantize_in_turn"}
     assert trainer.step_seconds > 0 and trainer.step == 0 and trainer.cursor == 0
