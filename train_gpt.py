@@ -3870,7 +3870,7 @@ def quantize_in_turn(run: Run, trainer: Trainer, quantizer: Quantizer, multiplie
     closing: seconds that must be left of the training budget; there are fewer steps where time is short.
     """
     c, world = run.config, run.world
-    *groups, last = in_turn(quantizer, c.inq_groups)
+    groups = in_turn(quantizer, c.inq_groups)[:-1]
     views = export_weights(dict(trainer.model.named_parameters()), c.num_layers)
     trainer.forget()
     batches = Prefetcher(trainer.stream(), world.device)
