@@ -638,9 +638,11 @@ class Ledger:
     @contextlib.contextmanager
     def stage(self, name: str, budget: str = "none"):
         """Charge the wall-clock seconds of a with-block, device work included."""
-        start = time.perf_counter()
+        start, known = time.perf_counter(), len(COMPILED)
         yield
         self.world.sync()
+        if budget == "none":
+            del COMPILED[known:]        # no budget has paid for them
         self.charge(name, time.perf_counter() - start, budget)
 
     def charge(self, name: str, seconds: float, budget: str = "none"):
@@ -1215,7 +1217,7 @@ except ImportError:                 # a CPU install has none: the references ser
 
 # Triton compiles a kernel anew for numbers that are no multiple of 16 and for pointers off 16 bytes. What varies in a run is
 # exempt (do_not_specialize): numbers of rows, and scales, which stand anywhere in their layer's row. It costs a comparison or two.
-COMPILED: list[tuple[str, float]] = []      # kernels that Triton has compiled in this process (not read from its cache), seconds
+COMPILED: list[tuple[str, float]] = []      # kernels that Triton has compiled in a budget (not read from its cache), seconds
 
 
 def note_compiled(*, metadata: dict, times, cache_hit: bool, **_):
