@@ -5461,7 +5461,7 @@ def train(run: Run, trainer: Trainer, inputs: Inputs) -> dict[str, Tensor]:
         import_weights(model, weights)
     if run.world.rank == 0:
         save_tensors(run.folder / "final_model.safetensors", weights, {"model": model_knobs(c), "step": trainer.step, "seed": c.seed,
-                                                                      "train_seconds": run.ledger.used["train"]})
+                                                                      "cursor": trainer.cursor, "train_seconds": run.ledger.used["train"]})
     return export_weights(dict(model.named_parameters()), c.num_layers)
 
 
@@ -5727,8 +5727,9 @@ def pipeline(config: Config, world: World, log: Log):
     if not c.ttt_eval_only:
         trainer = Trainer(run, model, inputs.shards)
         if c.quantize_only:
-            saved, _ = world.together(lambda: load_tensors(run.folder / "final_model.safetensors", c))
+            saved, header = world.together(lambda: load_tensors(run.folder / "final_model.safetensors", c))
             import_weights(model, saved, str(run.folder / "final_model.safetensors"))
+            trainer.cursor = header.get("cursor", 0)
             weights = export_weights(dict(model.named_parameters()), c.num_layers)
             run.ledger.open()
         else:
