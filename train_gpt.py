@@ -638,9 +638,11 @@ class Ledger:
     @contextlib.contextmanager
     def stage(self, name: str, budget: str = "none"):
         """Charge the wall-clock seconds of a with-block, device work included."""
-        start = time.perf_counter()
+        start, known = time.perf_counter(), len(COMPILED)
         yield
         self.world.sync()
+        if budget == "none":
+            del COMPILED[known:]        # no budget has paid for them
         self.charge(name, time.perf_counter() - start, budget)
 
     def charge(self, name: str, seconds: float, budget: str = "none"):
@@ -1215,7 +1217,7 @@ except ImportError:                 # a CPU install has none: the references ser
 
 # Triton compiles a kernel anew for numbers that are no multiple of 16 and for pointers off 16 bytes. What varies in a run is
 # exempt (do_not_specialize): numbers of rows, and scales, which stand anywhere in their layer's row. It costs a comparison or two.
-COMPILED: list[tuple[str, float]] = []      # kernels that Triton has compiled in this process (not read from its cache), seconds
+COMPILED: list[tuple[str, float]] = []      # kernels that Triton has compiled in a budget (not read from its cache), seconds
 
 
 def note_compiled(*, metadata: dict, times, cache_hit: bool, **_):
@@ -3870,7 +3872,7 @@ def quantize_in_turn(run: Run, trainer: Trainer, quantizer: Quantizer, multiplie
     closing: seconds that must be left of the training budget; there are fewer steps where time is short.
     """
     c, world = run.config, run.world
-    *groups, last = in_turn(quantizer, c.inq_groups)
+    groups = in_turn(quantizer, c.inq_groups)[:-1]
     views = export_weights(dict(trainer.model.named_parameters()), c.num_layers)
     trainer.forget()
     batches = Prefetcher(trainer.stream(), world.device)
@@ -5459,7 +5461,7 @@ def train(run: Run, trainer: Trainer, inputs: Inputs) -> dict[str, Tensor]:
         import_weights(model, weights)
     if run.world.rank == 0:
         save_tensors(run.folder / "final_model.safetensors", weights, {"model": model_knobs(c), "step": trainer.step, "seed": c.seed,
-                                                                      "train_seconds": run.ledger.used["train"]})
+                                                                      "cursor": trainer.cursor, "train_seconds": run.ledger.used["train"]})
     return export_weights(dict(model.named_parameters()), c.num_layers)
 
 
@@ -5725,8 +5727,9 @@ def pipeline(config: Config, world: World, log: Log):
     if not c.ttt_eval_only:
         trainer = Trainer(run, model, inputs.shards)
         if c.quantize_only:
-            saved, _ = world.together(lambda: load_tensors(run.folder / "final_model.safetensors", c))
+            saved, header = world.together(lambda: load_tensors(run.folder / "final_model.safetensors", c))
             import_weights(model, saved, str(run.folder / "final_model.safetensors"))
+            trainer.cursor = header.get("cursor", 0)
             weights = export_weights(dict(model.named_parameters()), c.num_layers)
             run.ledger.open()
         else:

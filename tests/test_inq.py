@@ -206,3 +206,16 @@ def test_exported_weights_keep_nothing_of_autograd_alive(tmp_path):
     assert all(t.grad_fn is None for t in views.values())
     bases = {p.data_ptr() for p in trainer.model.parameters()}
     assert bases <= {t.data_ptr() for t in views.values()}, "views, not copies"
+
+
+@pytest.mark.parametrize("settings", [{}, dict(MAX_WALLCLOCK_SECONDS=1000, WARMUP_STEPS=1)])
+def test_a_network_too_small_to_be_quantised_has_no_turns(tmp_path, monkeypatch, settings):
+    """There are no groups to train between."""
+    c = toy.config(INQ_STEPS=2, **settings)
+    run, inputs = toy.run(c, tmp_path), tg.Inputs(SHARDS, None, [])
+    monkeypatch.setattr(tg, "shipped_script", lambda: b"#" * 1000)
+    trainer = tg.Trainer(run, toy.model(c), SHARDS)
+    tg.warm_up(run, trainer, inputs)
+    coded = tg.read_artifact(tg.compress(run, trainer, exported(trainer), inputs), c)
+    assert coded.keys() == exported(trainer).keys()
+    assert not [line for line in run.log.lines if line.startswith("inq: ")]

@@ -495,6 +495,19 @@ def test_compiled_kernels_are_counted(monkeypatch):
         assert tg.triton.knobs.compilation.listener is tg.note_compiled
 
 
+def test_a_budget_counts_its_own_kernels_only(monkeypatch):
+    """The evaluation between training and quantisation belongs to no budget."""
+    monkeypatch.setattr(tg, "COMPILED", [])
+    run = toy.run(toy.config())
+    for name, budget in (("warmup", "none"), ("loop", "train"), ("eval_prequant", "none"), ("inq", "train")):
+        with run.ledger.stage(name, budget):
+            tg.COMPILED.append((name, 1.0))
+        if name == "warmup":
+            run.ledger.open()
+    run.ledger.close("train")
+    assert run.log.lines[-2] == "ledger kernels_compiled:2 seconds:2.0 stage:train (loop 1, inq 1)"
+
+
 @pytest.mark.skipif(tg.triton is None, reason="Triton is not installed")
 def test_what_varies_in_a_run_makes_no_program_of_its_own():
     """Numbers of rows and positions, odd or even, and scales at any place of [layers, 2] share one compiled kernel."""

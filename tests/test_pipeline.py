@@ -149,6 +149,18 @@ def test_quantize_only_gives_the_same_artifact(demo, monkeypatch, capsys):
     assert bpb(again, "diagnostic pre-quantization post-ema") == bpb(lines, "diagnostic pre-quantization post-ema")
 
 
+def test_quantize_only_trains_in_turn_on_the_same_data(toy_data, tmp_path, monkeypatch, capsys):
+    """INQ goes on in the data where training stopped, in this process or in another."""
+    monkeypatch.setattr(tg, "SMALLEST_QUANTISED", 500)
+    settings = toy.data_env(toy_data, tmp_path, INQ_STEPS=2, INQ_GROUPS=3, INQ_LR=0.3, TTT_ENABLED=0)
+    artifacts = []
+    for only in ("0", "1"):
+        code, lines = main(monkeypatch, capsys, {**settings, "QUANTIZE_ONLY": only})
+        assert code == 0 and len([line for line in lines if line.startswith("inq: ")]) == 2
+        artifacts.append((tmp_path / ARTIFACT).read_bytes())
+    assert artifacts[0] == artifacts[1]
+
+
 # ----------------------------------------------------------------------------------------------------------- quick runs
 
 

@@ -107,6 +107,7 @@ VIOLATIONS = {
     "did not finish": dict(only={"complete": False}),
     "do not keep one ratio": dict(only={"ttt_loss": 2.0}),
     "stage hessians (3.6 s) is charged to none": dict(only={"hessian_budget": "none"}),
+    "stage inq (2.0 s) is charged to none": dict(only={"inq_budget": "none"}),
     "ledger's train stages take 598.03 s, the budget line says 590.00 s": dict(only={"train_s": 590.0}),
     "counts 33 bytes of code": dict(only={"code_bytes": 33}),
     "records are timed on 8": dict(each={"device": "count:1 name:NVIDIA H100 80GB HBM3"}),

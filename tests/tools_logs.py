@@ -84,6 +84,7 @@ def ours(seed: int = 42, source: str = SOURCE, wrapped: bytes = WRAPPED, **chang
         "ledger stage:train seconds:586.033 budget:train",
         f"ledger stage:hessians seconds:3.600 budget:{v['hessian_budget']}",
         "ledger stage:gptq seconds:8.400 budget:train",
+        *([f"ledger stage:inq seconds:2.000 budget:{v['inq_budget']}"] if v.get("inq_budget") else []),
         "ledger stage:unpack seconds:2.100 budget:eval",
         "ledger stage:eval_ttt seconds:400.000 budget:eval",
         f"budget train {v['train_s']:.2f}/600",

@@ -55,7 +55,7 @@ P_VALUE = 0.01
 TRACKS = ("track_10min_16mb", "track_non_record_16mb")
 WRAPPED_NAME = "final_model.train_gpt.py"
 EVAL_TITLES = {"prequant": "before quant.", "quantized": "quantised", "sliding": "sliding window", "ttt": "after TTT"}
-TRAIN_STAGES = ("train", "hessians", "fisher", "gptq")  # they touch training data, so the training budget pays
+TRAIN_STAGES = ("train", "hessians", "fisher", "gptq", "inq")  # they touch training data, so the training budget pays
 
 # (knob, its values that count as used or a test of a number, what it is, whom to thank). Facts from the founding
 # documents and their papers.
