@@ -3711,6 +3711,7 @@ class Quantizer:
                     self.clips[name] = clip._replace(rows=rows if clip.rows is None else rows * clip.rows)
         self.factors, self.bits = factors, matrix_bits(names, known, c)
         self.done: dict[str, IntTensor] = {}        # codes that stay as they are (INQ)
+        self.spent = 0.0                            # bytes of these, as estimated
         groups: dict[tuple, list[str]] = {}
         for name in names:
             groups.setdefault((known.weights[name].shape, self.bits[name]), []).append(name)
@@ -3809,7 +3810,14 @@ class Quantizer:
 
     def finish(self, names: list[str], multiplier: float):
         """Quantise these matrices for good."""
+        before = self.estimate(multiplier)
         self.done |= self.round_all(names, multiplier)
+        self.spent += before - self.estimate(multiplier)
+
+    def steer(self, at: float, whole: float) -> float:
+        """log2 of the multiplier with which all comes to `whole` estimated bytes again, near `at`: an octave is a bit a weight."""
+        weights = sum(t.numel() for name, t in self.known.weights.items() if name in self.bits and name not in self.done)
+        return at + 8 * (self.spent + self.estimate(2.0 ** at) - whole) / max(weights, 1)
 
     @torch.no_grad()
     def update(self, weights: dict[str, Tensor]):
@@ -3819,6 +3827,7 @@ class Quantizer:
         for batch in self.batches:
             for i, name in enumerate(batch.names):
                 batch.w[i].copy_(weights[name])
+            batch.energy.copy_(batch.w.square().mean(2))
 
     def rate(self, coded: dict[str, IntTensor | HalfTensor], name: str) -> float:
         """Bits a weight of one matrix: the entropy of its integers, given the trellis's state."""
@@ -3865,15 +3874,17 @@ def in_turn(quantizer: Quantizer, count: int) -> list[list[str]]:
     return [group for group in groups if group]
 
 
-def quantize_in_turn(run: Run, trainer: Trainer, quantizer: Quantizer, multiplier: float, closing: float = 0.0):
+def quantize_in_turn(run: Run, trainer: Trainer, quantizer: Quantizer, at: float, closing: float = 0.0) -> float:
     """Quantise all groups of matrices but the last, with INQ_STEPS of training after each: what is not quantised yet learns to
     make up for what is (incremental network quantization: arXiv 1702.03044). Leaves codes and weights in the quantizer.
 
-    closing: seconds that must be left of the training budget; there are fewer steps where time is short.
+    at: log2 of the multiplier of all steps; each group takes its part of what training has changed in bytes. Returns the
+    last group's. closing: seconds that must be left of the training budget; there are fewer steps where time is short.
     """
     c, world = run.config, run.world
     groups = in_turn(quantizer, c.inq_groups)[:-1]
     views = export_weights(dict(trainer.model.named_parameters()), c.num_layers)
+    whole = quantizer.estimate(2.0 ** at)
     trainer.forget()
     batches = Prefetcher(trainer.stream(), world.device)
     try:
@@ -3884,12 +3895,14 @@ def quantize_in_turn(run: Run, trainer: Trainer, quantizer: Quantizer, multiplie
                     left = (limit - closing - run.ledger.used["train"]) / (len(groups) - i)
                     steps = max(min(steps, int(left / trainer.step_seconds)), 0)
                 steps = int(world.broadcast(torch.tensor([float(steps)])).item())
-                quantizer.finish(names, multiplier)
+                quantizer.finish(names, 2.0 ** at)
                 trainer.refine(batches, steps, c.inq_lr, {n: code.decode().to(world.device) for n, code in quantizer.done.items()})
                 quantizer.update(views)
+                at = quantizer.steer(at, whole) if c.target_bytes else at
             run.log(f"inq: group:{i + 1}/{len(groups) + 1} matrices:{len(names)} steps:{steps} last loss: {trainer.last_loss:.4f}")
     finally:
         batches.close()
+    return at
 
 
 def quantize(run: Run, weights: dict[str, Tensor], hessians: dict[str, Tensor], sensitivity: dict[str, Tensor] | None = None,
@@ -5432,7 +5445,7 @@ def warm_up(run: Run, trainer: Trainer, inputs: Inputs) -> float:
             rehearsed[:] = [calibrate(quietly(run), trainer.model, trainer.average(), inputs.shards, 1, 1)]
             rehearsed[0]()
             if c.inq_steps:
-                quantize_in_turn(quietly(run._replace(config=replace(c, inq_steps=1))), trainer, rehearsed[0], 1.0)
+                quantize_in_turn(quietly(run._replace(config=replace(c, inq_steps=1))), trainer, rehearsed[0], 0.0)
     seconds = trainer.warm_up(rehearse)
     if in_budget and c.inq_steps:
         trainer.step_seconds = seconds_a_step(trainer)
@@ -5630,8 +5643,11 @@ def compress(run: Run, trainer: Trainer, weights: dict[str, Tensor], inputs: Inp
     quantizer = calibrate(run, trainer.model, weights, inputs.shards, c.gptq_calibration_batches, c.fisher_batches)
     packed = fit_bytes(run, quantizer, code_bytes)
     if c.inq_steps:
-        quantize_in_turn(run, trainer, quantizer, 2.0 ** packed.at, CLOSING_PASSES * packed.seconds)
-        packed = fit_bytes(run, quantizer, code_bytes, packed.at)
+        at = quantize_in_turn(run, trainer, quantizer, packed.at, CLOSING_PASSES * packed.seconds)
+        try:
+            packed = fit_bytes(run, quantizer, code_bytes, at)
+        except UserError as e:
+            log(f"warning: {e}; all matrices stay as quantised at once")
     run.ledger.close("train")
     with run.ledger.stage("report"):
         quantizer.log_table(packed.coded)

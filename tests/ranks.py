@@ -70,7 +70,7 @@ def run(out: Path, size: int, rank: int, store: str):
     in_turn = r._replace(config=replace(c, inq_steps=2, inq_groups=3, inq_lr=0.1))
     trainer = tg.Trainer(in_turn, model, shards)
     quantizer = tg.Quantizer(in_turn, tg.Calibration(weights, exact, {}, None))
-    tg.quantize_in_turn(in_turn, trainer, quantizer, 1.0)
+    tg.quantize_in_turn(in_turn, trainer, quantizer, 0.0)
     result["inq"] = {n: t.decode() for n, t in quantizer(1.0).items()}, list(quantizer.done), [p.detach().clone() for p in model.parameters()]
     tg.import_weights(model, weights)
     tokens = toy.row(1237, range(0, 1237, 41), 3)

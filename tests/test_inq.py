@@ -1,5 +1,6 @@
 """INQ: matrices quantised in turn, with training in between."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -58,7 +59,7 @@ def test_what_is_done_stays_and_the_rest_trains(tmp_path, small):
     """Codes decode to the model's weights to the bit; what was not done has moved; its codes are of the moved weights."""
     trainer, run, quantizer = trained(tmp_path, 5)
     before, first = exported(trainer), quantizer(1.5)
-    tg.quantize_in_turn(run, trainer, quantizer, 1.5)
+    tg.quantize_in_turn(run, trainer, quantizer, math.log2(1.5))
     *groups, last = tg.in_turn(quantizer, 3)
     after = exported(trainer)
     assert set(quantizer.done) == {name for group in groups for name in group}
@@ -91,7 +92,7 @@ def test_later_matrices_make_up_for_earlier_ones(tmp_path, small):
     for way in ("at once", "trained on, then at once", "in turn"):
         trainer, run, quantizer = trained(tmp_path, 150, **settings)
         if way == "in turn":
-            tg.quantize_in_turn(run, trainer, quantizer, 4.0)
+            tg.quantize_in_turn(run, trainer, quantizer, 2.0)
         elif way != "at once":
             batches = tg.Prefetcher(trainer.stream(), run.world.device)
             for _ in range(3):
@@ -115,6 +116,36 @@ def test_an_estimate_is_of_what_is_open(tmp_path, small):
     assert sum(parts) == pytest.approx(whole) and min(parts) > 0
 
 
+def test_what_training_changes_in_bytes_is_shared_out_over_what_is_open(tmp_path, small):
+    """Weights that grow by a tenth take log2(1.1) bits more each: coarser steps of what is open bring the sum back."""
+    _, _, quantizer = trained(tmp_path, QUANTIZER="scalar", CLIP_RULE="hand")
+    whole, weights = quantizer.estimate(0.25), {n: t.clone() for n, t in quantizer.known.weights.items()}
+    assert quantizer.steer(-2.0, whole) == -2.0
+    quantizer.finish(tg.in_turn(quantizer, 3)[0], 0.25)
+    assert quantizer.spent + quantizer.estimate(0.25) == pytest.approx(whole) and quantizer.spent > 0
+    quantizer.update({n: 1.1 * t for n, t in weights.items()})
+    grown = quantizer.spent + quantizer.estimate(0.25)
+    at = quantizer.steer(-2.0, whole)
+    assert at == pytest.approx(-2 + math.log2(1.1), abs=0.02)
+    assert grown > 1.005 * whole and quantizer.spent + quantizer.estimate(2.0 ** at) == pytest.approx(whole, rel=1e-3)
+
+
+def test_a_last_group_that_cannot_pay_leaves_the_artifact_of_all_at_once(tmp_path, small, monkeypatch):
+    trainer, run, _ = trained(tmp_path, 5)
+    monkeypatch.setattr(tg, "shipped_script", lambda: b"#" * 1000)
+    real, calls = tg.fit_bytes, []
+
+    def fit(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise tg.UserError("the submission is 9 bytes over TARGET_BYTES", code=3)
+        return real(*args)
+    monkeypatch.setattr(tg, "fit_bytes", fit)
+    path = tg.compress(run, trainer, exported(trainer), tg.Inputs(SHARDS, None, []))
+    assert any("9 bytes over TARGET_BYTES; all matrices stay as quantised at once" in line for line in run.log.lines)
+    tg.import_weights(trainer.model, tg.restore(tg.read_artifact(path, run.config)))
+
+
 @pytest.mark.parametrize(["left", "expected"], [(100.0, [3, 3]), (8.5, [2, 2]), (0.0, [0, 0]), (-5.0, [0, 0])])
 def test_there_are_fewer_steps_where_time_is_short(tmp_path, small, left, expected):
     """Two seconds a step, ten that are to be kept."""
@@ -125,7 +156,7 @@ def test_there_are_fewer_steps_where_time_is_short(tmp_path, small, left, expect
     def refine(batches, steps, lr_mul, held):
         run.ledger.used["train"] += 2.0 * steps
     trainer.refine = refine
-    tg.quantize_in_turn(run, trainer, quantizer, 1.0, closing=10.0)
+    tg.quantize_in_turn(run, trainer, quantizer, 0.0, closing=10.0)
     steps = [int(line.split("steps:")[1].split()[0]) for line in run.log.lines if line.startswith("inq: ")]
     assert steps == expected and run.ledger.used["train"] <= max(990.0, 990 - left) + 0.9
 
@@ -152,7 +183,7 @@ def test_training_goes_on_where_the_loop_stopped(tmp_path, small):
 def test_repairs_are_of_what_was_quantised_last(tmp_path, small):
     """Training has made up for the errors of the others as they are."""
     trainer, run, quantizer = trained(tmp_path, LQER_ENABLED=1, LQER_TOP_K=2, LQER_RANK=2)
-    tg.quantize_in_turn(run, trainer, quantizer, 2.0)
+    tg.quantize_in_turn(run, trainer, quantizer, 1.0)
     repaired = {name.rsplit(".lqer_", 1)[0] for name in quantizer(2.0) if ".lqer_" in name}
     assert len(repaired) == 2 and repaired <= set(tg.in_turn(quantizer, 3)[-1])
 

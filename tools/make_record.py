@@ -76,6 +76,7 @@ TECHNIQUES = [
     ("hessian_clip_lambda", lambda v: v > 0, "Hessian-aware row clips", "@Robby955 (PR #1412)"),
     ("adaptive_hessian_clip", bool, "adaptive Hessian clip", "@chris-colinsky (PR #1689, #1962)"),
     ("mixed_precision_hessian", bool, "Hessian-driven mixed precision", "@chris-colinsky (PR #1962)"),
+    ("inq_steps", lambda v: v > 0, "incremental network quantization", "Zhou et al. (arXiv 1702.03044)"),
     ("lqer_enabled", bool, "LQER correction", "Zhang et al. (arXiv 2402.02446), the lineage of PR #1855"),
     ("compressor", ("entropy",), "Gaussian entropy coder", "ours"),
     ("compressor", ("brotli",), "Brotli", "Alakuijala et al. (RFC 7932)"),
