@@ -3874,12 +3874,12 @@ def in_turn(quantizer: Quantizer, count: int) -> list[list[str]]:
     return [group for group in groups if group]
 
 
-def quantize_in_turn(run: Run, trainer: Trainer, quantizer: Quantizer, at: float, closing: float = 0.0) -> float:
+def quantize_in_turn(run: Run, trainer: Trainer, quantizer: Quantizer, at: float, closing: float = 0.0):
     """Quantise all groups of matrices but the last, with INQ_STEPS of training after each: what is not quantised yet learns to
     make up for what is (incremental network quantization: arXiv 1702.03044). Leaves codes and weights in the quantizer.
 
-    at: log2 of the multiplier of all steps; each group takes its part of what training has changed in bytes. Returns the
-    last group's. closing: seconds that must be left of the training budget; there are fewer steps where time is short.
+    at: log2 of the multiplier of all steps; each group then takes its part of what training has changed in bytes. closing:
+    seconds that must be left of the training budget; there are fewer steps where time is short.
     """
     c, world = run.config, run.world
     groups = in_turn(quantizer, c.inq_groups)[:-1]
@@ -3890,19 +3890,26 @@ def quantize_in_turn(run: Run, trainer: Trainer, quantizer: Quantizer, at: float
     try:
         for i, names in enumerate(groups):
             with run.ledger.stage("inq", "train"):
-                steps, limit = c.inq_steps, c.max_wallclock_seconds
-                if limit and trainer.step_seconds:
-                    left = (limit - closing - run.ledger.used["train"]) / (len(groups) - i)
-                    steps = max(min(steps, int(left / trainer.step_seconds)), 0)
-                steps = int(world.broadcast(torch.tensor([float(steps)])).item())
+                if c.target_bytes:
+                    at = quantizer.steer(at, whole)
+                wanted = [at, affordable_steps(run, trainer, closing, len(groups) - i)]
+                at, steps = world.broadcast(torch.tensor(wanted, dtype=torch.float64)).tolist()
                 quantizer.finish(names, 2.0 ** at)
-                trainer.refine(batches, steps, c.inq_lr, {n: code.decode().to(world.device) for n, code in quantizer.done.items()})
+                trainer.refine(batches, int(steps), c.inq_lr, {n: code.decode().to(world.device) for n, code in quantizer.done.items()})
                 quantizer.update(views)
-                at = quantizer.steer(at, whole) if c.target_bytes else at
-            run.log(f"inq: group:{i + 1}/{len(groups) + 1} matrices:{len(names)} steps:{steps} last loss: {trainer.last_loss:.4f}")
+            run.log(f"inq: group:{i + 1}/{len(groups) + 1} matrices:{len(names)} multiplier:{2.0 ** at:.6f} steps:{steps:.0f} "
+                    f"last loss: {trainer.last_loss:.4f}")
     finally:
         batches.close()
-    return at
+
+
+def affordable_steps(run: Run, trainer: Trainer, closing: float, turns: int) -> int:
+    """INQ_STEPS, or what the training budget less `closing` seconds has for each of the turns that are left."""
+    c = run.config
+    if not (c.max_wallclock_seconds and trainer.step_seconds):
+        return c.inq_steps
+    left = (c.max_wallclock_seconds - closing - run.ledger.used["train"]) / turns
+    return max(min(c.inq_steps, int(left / trainer.step_seconds)), 0)
 
 
 def quantize(run: Run, weights: dict[str, Tensor], hessians: dict[str, Tensor], sensitivity: dict[str, Tensor] | None = None,
@@ -5643,9 +5650,9 @@ def compress(run: Run, trainer: Trainer, weights: dict[str, Tensor], inputs: Inp
     quantizer = calibrate(run, trainer.model, weights, inputs.shards, c.gptq_calibration_batches, c.fisher_batches)
     packed = fit_bytes(run, quantizer, code_bytes)
     if c.inq_steps:
-        at = quantize_in_turn(run, trainer, quantizer, packed.at, CLOSING_PASSES * packed.seconds)
+        quantize_in_turn(run, trainer, quantizer, packed.at, CLOSING_PASSES * packed.seconds)
         try:
-            packed = fit_bytes(run, quantizer, code_bytes, at)
+            packed = fit_bytes(run, quantizer, code_bytes, packed.at)
         except UserError as e:
             log(f"warning: {e}; all matrices stay as quantised at once")
     run.ledger.close("train")

@@ -1,6 +1,7 @@
 """INQ: matrices quantised in turn, with training in between."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -79,8 +80,10 @@ def test_what_is_done_stays_and_the_rest_trains(tmp_path, small):
     small_one = next(name for name in before if name not in quantizer.bits)
     assert torch.allclose(coded[small_one].decode(), after[small_one], rtol=2 ** -8)
     tg.import_weights(trainer.model, tg.restore(coded))
-    assert [line.split(" last")[0] for line in run.log.lines if line.startswith("inq: ")] == [
+    said = [line for line in run.log.lines if line.startswith("inq: ")]
+    assert [re.sub(r" multiplier:\S+| last.*", "", line) for line in said] == [
         f"inq: group:{i + 1}/3 matrices:{len(group)} steps:3" for i, group in enumerate(groups)]
+    assert "multiplier:1.500000 " in said[0]
     assert not [line for line in run.log.lines if "train_loss" in line]
 
 
