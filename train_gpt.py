@@ -3103,8 +3103,7 @@ class Trainer:
         """
         c = self.run.config
         weights = [p.detach().clone() for p in self.model.parameters()]
-        batches = Prefetcher(self.stream(), self.run.world.device)
-        try:
+        with contextlib.closing(Prefetcher(self.stream(), self.run.world.device)) as batches:
             for loops in sorted({c.loops_at(f) for f in (0.0, c.enable_looping_at, 1.0)}) * bool(c.warmup_steps):
                 for _ in range(c.warmup_steps):
                     self.take_step(batches, loops, 1.0)
@@ -3115,8 +3114,6 @@ class Trainer:
             dry_run()
             self.run.world.sync()
             seconds = time.perf_counter() - start
-        finally:
-            batches.close()
         with torch.no_grad():
             for p, average, w in zip(self.model.parameters(), self.ema, weights):
                 p.copy_(w)
@@ -3791,6 +3788,8 @@ class Quantizer:
         errors = torch.zeros(len(names), 2, dtype=torch.float64)
         place = {name: i for i, name in enumerate(names)}
         for batch in self.batches:
+            if place.keys().isdisjoint(batch.names):
+                continue
             mine = [(at, i) for at, i in enumerate(batch.mine) if batch.names[i] in place]
             steps = self.steps(batch, multiplier)
             q = torch.zeros(batch.w.shape, dtype=torch.int8, device=world.device)
@@ -3886,8 +3885,7 @@ def quantize_in_turn(run: Run, trainer: Trainer, quantizer: Quantizer, at: float
     views = export_weights(dict(trainer.model.named_parameters()), c.num_layers)
     whole = quantizer.estimate(2.0 ** at)
     trainer.forget()
-    batches = Prefetcher(trainer.stream(), world.device)
-    try:
+    with contextlib.closing(Prefetcher(trainer.stream(), world.device)) as batches:
         for i, names in enumerate(groups):
             with run.ledger.stage("inq", "train"):
                 if c.target_bytes:
@@ -3899,8 +3897,6 @@ def quantize_in_turn(run: Run, trainer: Trainer, quantizer: Quantizer, at: float
                 quantizer.update(views)
             run.log(f"inq: group:{i + 1}/{len(groups) + 1} matrices:{len(names)} multiplier:{2.0 ** at:.6f} steps:{steps:.0f} "
                     f"last loss: {trainer.last_loss:.4f}")
-    finally:
-        batches.close()
 
 
 def affordable_steps(run: Run, trainer: Trainer, closing: float, turns: int) -> int:
@@ -5527,17 +5523,15 @@ def reserve_seconds(run: Run, trainer: Trainer, inputs: Inputs, rehearsal: float
 def seconds_a_step(trainer: Trainer, count: int = 4) -> float:
     """Of training with all loops, at a learning rate of 0: the weights stay."""
     world = trainer.run.world
-    batches = Prefetcher(trainer.stream(), world.device)
-    try:
+    with contextlib.closing(Prefetcher(trainer.stream(), world.device)) as batches:
         trainer.refine(batches, 1, 0.0, {})
         world.sync()
         start = time.perf_counter()
         trainer.refine(batches, count, 0.0, {})
         world.sync()
-        return (time.perf_counter() - start) / count
-    finally:
-        batches.close()
-        trainer.forget()
+        seconds = time.perf_counter() - start
+    trainer.forget()
+    return seconds / count
 
 
 def release_memory(device: torch.device):
@@ -5650,10 +5644,12 @@ def compress(run: Run, trainer: Trainer, weights: dict[str, Tensor], inputs: Inp
     quantizer = calibrate(run, trainer.model, weights, inputs.shards, c.gptq_calibration_batches, c.fisher_batches)
     packed = fit_bytes(run, quantizer, code_bytes)
     if c.inq_steps:
-        quantize_in_turn(run, trainer, quantizer, packed.at, CLOSING_PASSES * packed.seconds)
         try:
+            quantize_in_turn(run, trainer, quantizer, packed.at, CLOSING_PASSES * packed.seconds)
             packed = fit_bytes(run, quantizer, code_bytes, packed.at)
         except UserError as e:
+            if e.code not in (1, 3):        # a gradient that is not finite, a last group too large
+                raise
             log(f"warning: {e}; all matrices stay as quantised at once")
     run.ledger.close("train")
     with run.ledger.stage("report"):

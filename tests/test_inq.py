@@ -133,7 +133,9 @@ def test_what_training_changes_in_bytes_is_shared_out_over_what_is_open(tmp_path
     assert grown > 1.005 * whole and quantizer.spent + quantizer.estimate(2.0 ** at) == pytest.approx(whole, rel=1e-3)
 
 
-def test_a_last_group_that_cannot_pay_leaves_the_artifact_of_all_at_once(tmp_path, small, monkeypatch):
+@pytest.mark.parametrize("code", [1, 3, 130])
+def test_what_fails_in_turn_leaves_the_artifact_of_all_at_once(tmp_path, small, monkeypatch, code):
+    """A gradient that is not finite (1), a last group too large (3); a signal (130) still ends the run."""
     trainer, run, _ = trained(tmp_path, 5)
     monkeypatch.setattr(tg, "shipped_script", lambda: b"#" * 1000)
     real, calls = tg.fit_bytes, []
@@ -141,12 +143,24 @@ def test_a_last_group_that_cannot_pay_leaves_the_artifact_of_all_at_once(tmp_pat
     def fit(*args):
         calls.append(args)
         if len(calls) == 2:
-            raise tg.UserError("the submission is 9 bytes over TARGET_BYTES", code=3)
+            raise tg.UserError("9 bytes over", code=code)
         return real(*args)
-    monkeypatch.setattr(tg, "fit_bytes", fit)
-    path = tg.compress(run, trainer, exported(trainer), tg.Inputs(SHARDS, None, []))
-    assert any("9 bytes over TARGET_BYTES; all matrices stay as quantised at once" in line for line in run.log.lines)
+    if code == 3:
+        monkeypatch.setattr(tg, "fit_bytes", fit)
+    else:
+        take = trainer.take_step
+        monkeypatch.setattr(trainer, "take_step", lambda *args: (take(*args), trainer.model.tok_emb.data.fill_(float("nan"))) if code == 1
+                            else tg.stop_now(15, None))
+    compress = lambda: tg.compress(run, trainer, exported(trainer), tg.Inputs(SHARDS, None, []))
+    if code == 130:
+        with pytest.raises(tg.UserError, match="signal 15"):
+            compress()
+        return
+    path = compress()
+    said = next(line for line in run.log.lines if line.endswith("all matrices stay as quantised at once"))
+    assert ("9 bytes over" if code == 3 else "non-finite gradient") in said
     tg.import_weights(trainer.model, tg.restore(tg.read_artifact(path, run.config)))
+    assert math.isfinite(loss(trainer))
 
 
 @pytest.mark.parametrize(["left", "expected"], [(100.0, [3, 3]), (8.5, [2, 2]), (0.0, [0, 0]), (-5.0, [0, 0])])
