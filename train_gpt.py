@@ -5448,7 +5448,7 @@ def warm_up(run: Run, trainer: Trainer, inputs: Inputs) -> float:
             rehearsed[:] = [calibrate(quietly(run), trainer.model, trainer.average(), inputs.shards, 1, 1)]
             rehearsed[0]()
             if c.inq_steps:
-                quantize_in_turn(quietly(run._replace(config=replace(c, inq_steps=1))), trainer, rehearsed[0], 0.0)
+                quantize_in_turn(quietly(run._replace(config=replace(c, inq_steps=0))), trainer, rehearsed[0], 0.0)    # steps are timed below
     seconds = trainer.warm_up(rehearse)
     if in_budget and c.inq_steps:
         trainer.step_seconds = seconds_a_step(trainer)

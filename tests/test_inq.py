@@ -239,10 +239,13 @@ def test_what_a_budget_pays_for_is_rehearsed_before_it(tmp_path, small, monkeypa
         monkeypatch.setattr(tg, name, lambda *args: (called.append(name), real(*args))[1])
     for name in ("collect_hessians", "collect_sensitivity", "quantize_in_turn"):
         watch(name)
+    refine, steps = trainer.refine, []
+    monkeypatch.setattr(trainer, "refine", lambda batches, n, lr_mul, held: (steps.append(n) if held else None, refine(batches, n, lr_mul, held)))
     kept = tg.warm_up(run, trainer, tg.Inputs(SHARDS, None, []))
     assert set(called) == {"collect_hessians", "collect_sensitivity", "quantize_in_turn"}
     assert trainer.step_seconds > 0 and trainer.step == 0 and trainer.cursor == 0
     assert kept == 2 if reserve == 2 else kept > 6 * trainer.step_seconds
+    assert steps == [0] * 4, "steps of training are timed by themselves, and kept for once"
     assert all(torch.equal(a, b) for a, b in zip(before, (*trainer.model.parameters(), *trainer.ema), strict=True))
     assert not run.log.lines, "a rehearsal is not a run"
 
