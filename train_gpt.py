@@ -3895,8 +3895,8 @@ def quantize_in_turn(run: Run, trainer: Trainer, quantizer: Quantizer, at: float
                 quantizer.finish(names, 2.0 ** at)
                 trainer.refine(batches, int(steps), c.inq_lr, {n: code.decode().to(world.device) for n, code in quantizer.done.items()})
                 quantizer.update(views)
-            run.log(f"inq: group:{i + 1}/{len(groups) + 1} matrices:{len(names)} multiplier:{2.0 ** at:.6f} steps:{steps:.0f} "
-                    f"last loss: {trainer.last_loss:.4f}")
+            run.log(f"inq: group:{i + 1}/{len(groups) + 1} matrices:{len(names)} multiplier:{2.0 ** at:.6f} steps:{steps:.0f}"
+                    + f" last loss: {trainer.last_loss:.4f}" * bool(steps))
 
 
 def affordable_steps(run: Run, trainer: Trainer, closing: float, turns: int) -> int:
@@ -5447,8 +5447,8 @@ def warm_up(run: Run, trainer: Trainer, inputs: Inputs) -> float:
         if in_budget:
             rehearsed[:] = [calibrate(quietly(run), trainer.model, trainer.average(), inputs.shards, 1, 1)]
             rehearsed[0]()
-            if c.inq_steps:
-                quantize_in_turn(quietly(run._replace(config=replace(c, inq_steps=0))), trainer, rehearsed[0], 0.0)    # steps are timed below
+            if c.inq_steps:         # without them: steps are timed by themselves
+                quantize_in_turn(quietly(run._replace(config=replace(c, inq_steps=0))), trainer, rehearsed[0], 0.0)
     seconds = trainer.warm_up(rehearse)
     if in_budget and c.inq_steps:
         trainer.step_seconds = seconds_a_step(trainer)

@@ -240,7 +240,7 @@ def test_what_a_budget_pays_for_is_rehearsed_before_it(tmp_path, small, monkeypa
     for name in ("collect_hessians", "collect_sensitivity", "quantize_in_turn"):
         watch(name)
     refine, steps = trainer.refine, []
-    monkeypatch.setattr(trainer, "refine", lambda batches, n, lr_mul, held: (steps.append(n) if held else None, refine(batches, n, lr_mul, held)))
+    monkeypatch.setattr(trainer, "refine", lambda *args: (steps.extend([args[1]] * bool(args[3])), refine(*args)))
     kept = tg.warm_up(run, trainer, tg.Inputs(SHARDS, None, []))
     assert set(called) == {"collect_hessians", "collect_sensitivity", "quantize_in_turn"}
     assert trainer.step_seconds > 0 and trainer.step == 0 and trainer.cursor == 0
