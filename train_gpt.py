@@ -214,8 +214,9 @@ class Config:
     ttt_protocol: str = knob("cached", "read the whole window again for each chunk, or cache it", choices=("published", "cached"))
     ttt_live_tokens: int = knob(48, "cached: tokens before the chunk that are read again with it", at_least=0)
     phased_ttt_enabled: bool = knob(True, "global phases between batches of documents")
-    phased_ttt_prefix_docs: int = knob(2500, "documents before the last global phase", at_least=0)
-    phased_ttt_num_phases: int = knob(3, "global phases", at_least=0)
+    phased_ttt_prefix_docs: int = knob(0, "documents before the last global phase (published protocol: 2500); 0: batches dealt out to phases",
+                                       at_least=0)
+    phased_ttt_num_phases: int = knob(12, "global phases (published protocol: 3)", at_least=0)
     ttt_lora_rank: int = knob(56, "adapter rank", at_least=1)
     ttt_lora_alpha: float = knob(144.0, "adapter output scale * rank", above=0)
     ttt_lora_lr: float = knob(2e-4, "adapter learning rate (published protocol: 1e-4)", at_least=0)
@@ -239,13 +240,16 @@ class Config:
     ttt_compile: bool = knob(False, "published: torch.compile while adapting (on CUDA)")
     ttt_graphs: bool = knob(True, "CUDA graphs of the cached protocol's and the global phases' forward and backward")
     asym_logit_rescale: bool = knob(False, "softcaps of positive and negative logits, trained in the global phases (PR 1923)")
+    global_ttt_optimizer: str = knob("muon", "training's optimizers at a low rate, or SGD (published protocol)", choices=("muon", "sgd"))
+    global_ttt_lr_mul: float = knob(0.03, "global Muon and AdamW: multiplier of training's rates", at_least=0)
     global_ttt_lr: float = knob(0.001, "global SGD", at_least=0)
     global_ttt_momentum: float = knob(0.9, "global SGD", at_least=0, at_most=1)
-    global_ttt_epochs: int = knob(1, "global SGD", at_least=1)
-    global_ttt_chunk_tokens: int = knob(32768, "global SGD", at_least=1)
-    global_ttt_batch_seqs: int = knob(32, "global SGD", at_least=1)
     global_ttt_grad_clip: float = knob(1.0, "global SGD", at_least=0)
-    global_ttt_respect_doc_boundaries: bool = knob(True, "global SGD in document segments")
+    global_ttt_again: bool = knob(False, "every phase trains on all that has been scored (published protocol), not on what is new")
+    global_ttt_epochs: int = knob(1, "global steps on each chunk", at_least=1)
+    global_ttt_chunk_tokens: int = knob(65536, "tokens of a chunk (published protocol: 32768); a rate falls from chunk to chunk", at_least=1)
+    global_ttt_batch_seqs: int = knob(32, "most sequences of a global step", at_least=1)
+    global_ttt_respect_doc_boundaries: bool = knob(True, "global phases train in document segments")
     # a stage alone, on what an earlier run saved
     prequant_only: bool = knob(False, "stop before quantisation")
     quantize_only: bool = knob(False, "start from the saved EMA weights")
@@ -4827,19 +4831,26 @@ class Phase(NamedTuple):
     documents: int
 
 
-def plan_phases(batches: list[DocumentBatch], config: Config) -> list[Phase]:
-    """Phases end with the batch that completes their number of documents: the same for any number of ranks."""
+def plan_phases(batches: list[DocumentBatch], config: Config) -> tuple[list[DocumentBatch], list[Phase]]:
+    """Batches in the order of reading, and phases: the same for any number of ranks.
+
+    Published protocol: the longest documents first; phases end with the batch that completes equal parts of the first
+    PHASED_TTT_PREFIX_DOCS. Without that number batches are dealt out to the phases and what follows the last one like
+    cards, so that all phases read documents of all lengths, and early ones teach most of the text.
+    """
+    count, prefix = config.phased_ttt_num_phases * config.phased_ttt_enabled, config.phased_ttt_prefix_docs
+    hands = [batches] if prefix else [batches[i:: count + 1] for i in range(count + 1)]
+    batches = [b for hand in hands for b in hand]
     done = np.cumsum([len(b.documents) for b in batches])
-    count = config.phased_ttt_num_phases if config.phased_ttt_enabled else 0
-    prefix = min(config.phased_ttt_prefix_docs, int(done[-1]))
+    boundaries = ([min(prefix, int(done[-1])) * (i + 1) // count for i in range(count)] if prefix
+                  else done[np.cumsum([len(hand) for hand in hands]) - 1].tolist())
     ends = {}
-    for i in range(count):
-        boundary = prefix * (i + 1) // count
+    for boundary in boundaries:
         last = int(np.searchsorted(done, boundary)) + 1
         if boundary > 0 and last < len(batches):            # after the last batch there is nobody to profit
             ends[last] = boundary
     cuts = [0, *ends, len(batches)]
-    return [Phase(a, b, ends.get(b, 0)) for a, b in zip(cuts, cuts[1:])]
+    return batches, [Phase(a, b, ends.get(b, 0)) for a, b in zip(cuts, cuts[1:])]
 
 
 class DocumentAdapters:
@@ -5042,6 +5053,8 @@ def caps_alone(c: Config, caps: Tensor | None) -> Adapters | None:
 class GlobalTrainer:
     """Trains the base weights (and the softcaps) on documents already scored; every rank ends with the same weights.
 
+    By training's own optimizers, whose momentum lasts from pass to pass, at a low rate; or by SGD, anew in every pass, as
+    document A has it (the softcaps always).
     On CUDA forward and backward of a step are one graph, whatever the number of ranks: launched one by one, their kernels
     take longer to launch than to run. Python prepares a step while the device is busy with the one before.
     """
@@ -5050,27 +5063,31 @@ class GlobalTrainer:
         c = run.config
         self.run, self.model, self.caps, self.parameters = run, model, caps, [*model.parameters(), *([] if caps is None else [caps])]
         self.graphs = Graphs(c.ttt_graphs and is_capturable(model) and not (c.ttt_compile and model.compiled), run.log)
+        self.optimizers = Optimizers(model, c, run.world) if c.global_ttt_optimizer == "muon" else None
+        self.by_sgd = self.parameters[len(self.parameters) - (caps is not None) if self.optimizers else 0:]
+        self.trained = 0        # chunks
 
     def __call__(self, tokens: np.ndarray, documents: np.ndarray, out_of_time: Callable[[], bool]):
-        """One SGD pass. Chunks of GLOBAL_TTT_CHUNK_TOKENS in the order of reading, all but the last trained on."""
+        """One pass at a falling rate. Chunks of GLOBAL_TTT_CHUNK_TOKENS in the order of reading, all but the last trained on;
+        without GLOBAL_TTT_AGAIN only those that no pass before has had (documents: those of that pass and more)."""
         run, c, start = self.run, self.run.config, time.perf_counter()
         stream = np.concatenate([tokens[a: a + size] for a, size in documents])
         total, longest = len(stream) - 1, c.eval_seq_len
-        chunks = -(-total // c.global_ttt_chunk_tokens)
-        optimizer = torch.optim.SGD(self.parameters, lr=c.global_ttt_lr, momentum=c.global_ttt_momentum)
+        chunks, begin = -(-total // c.global_ttt_chunk_tokens), 0 if c.global_ttt_again else self.trained
+        sgd = torch.optim.SGD(self.by_sgd, lr=c.global_ttt_lr, momentum=c.global_ttt_momentum) if self.by_sgd else None
         left_out = lambda: False            # of the step before
-        for i in range(chunks - 1):
+        for i in range(begin, chunks - 1):
             first, last = (min((i + j) * c.global_ttt_chunk_tokens, total) for j in (0, 1))
-            lr = c.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * i / max(chunks - 1, 1)))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            fall = 0.5 * (1 + math.cos(math.pi * (i - begin) / (chunks - 1 - begin)))
             if run.world.sum(torch.tensor(float(bool(out_of_time()))), dist.ReduceOp.MAX):
                 run.log(f"ttt_time_limit: global pass stopped at chunk {i + 1}/{chunks}")
                 break
             for _ in range(c.global_ttt_epochs):
                 for a in range(first, last, c.global_ttt_batch_seqs * longest):
-                    before, left_out = left_out, later(self.step(stream, a, min(a + c.global_ttt_batch_seqs * longest, last), optimizer))
+                    before, left_out = left_out, later(self.step(stream, a, min(a + c.global_ttt_batch_seqs * longest, last), sgd, fall))
                     self.report(before())
+            self.trained = i + 1
+            lr = fall * (c.global_ttt_lr_mul if self.optimizers else c.global_ttt_lr)
             run.log(f"tttg: c{i + 1}/{chunks} lr:{lr:.6f} t:{time.perf_counter() - start:.1f}s")
         self.report(left_out())
 
@@ -5078,23 +5095,32 @@ class GlobalTrainer:
         if left_out:
             self.run.log("ttt_non_finite: the gradient of a global step was left out")
 
-    def step(self, stream: np.ndarray, a: int, b: int, optimizer: torch.optim.Optimizer) -> Tensor:
-        """SGD on the mean loss of the targets of positions [a, b), sequences of them shared out over the ranks: the number of
-        ranks does not change the result. Returns whether the gradient was not finite, and hence counted as zero."""
+    def step(self, stream: np.ndarray, a: int, b: int, sgd: torch.optim.Optimizer | None, fall: float) -> Tensor:
+        """An update by the mean loss of the targets of positions [a, b), sequences of them shared out over the ranks: the number
+        of ranks does not change the result. Returns whether the gradient was not finite, and hence counted as zero."""
         c, world = self.run.config, self.run.world
         sequences = -(-(b - a) // c.eval_seq_len)
         mine = [min(a + c.eval_seq_len * (sequences * (world.rank + i) // world.size), b) for i in (0, 1)]
-        gradient = self.gradient(stream, *mine, b - a) if mine[1] > mine[0] else [None] * len(self.parameters)
+        gradient = self.gradient(stream, *mine, (b - a) / world.size) if mine[1] > mine[0] else [None] * len(self.parameters)
         for p, g in zip(self.parameters, gradient):
             p.grad = torch.zeros_like(p) if g is None else g
-            world.sum(p.grad)
-        wrong = ~torch.nn.utils.clip_grad_norm_(self.parameters, c.global_ttt_grad_clip or math.inf).isfinite()
+        wrong = ~torch.stack(torch._foreach_norm([p.grad for p in self.parameters])).isfinite().all()
+        wrong = world.sum(wrong.float(), dist.ReduceOp.MAX) > 0
         for p in self.parameters:
             p.grad.masked_fill_(wrong, 0.0)
-        optimizer.step()
+        if sgd:
+            for p in self.by_sgd:
+                world.mean(p.grad)
+            torch.nn.utils.clip_grad_norm_(self.by_sgd, c.global_ttt_grad_clip or math.inf)
+            for group in sgd.param_groups:
+                group["lr"] = c.global_ttt_lr * fall
+            sgd.step()
+        if self.optimizers:
+            self.optimizers.start_reduce()
+            self.optimizers.step(c.global_ttt_lr_mul * fall, 0)
         return wrong
 
-    def gradient(self, stream: np.ndarray, a: int, b: int, count: int) -> tuple[Tensor | None, ...]:
+    def gradient(self, stream: np.ndarray, a: int, b: int, count: float) -> tuple[Tensor | None, ...]:
         """Of the sum over the targets of positions [a, b) / count; it holds until the next call.
 
         A segment ends with its sequence and, if documents are respected, its document. The token before is read too (for the
@@ -5178,8 +5204,7 @@ class Adaptation:
     def __init__(self, run: Run, model: GPT, data: Validation, name: str, began: float, plain_rate: float, bank: Callable | None = None):
         c = self.c = run.config
         self.run, self.model, self.data, self.name, self.bank = run, model, data, name, bank
-        self.batches = document_batches(find_documents(data.tokens), c)
-        self.phases = plan_phases(self.batches, c)
+        self.batches, self.phases = plan_phases(document_batches(find_documents(data.tokens), c), c)
         self.deadline = Deadline(began, c.eval_time_limit, plain_rate)
         self.rows = max(len(b.documents) for b in self.batches)
         model.requires_grad_(False)
@@ -5388,7 +5413,7 @@ def rehearse_adaptation(run: Run, model: GPT, data: Validation):
     rate of 0 where it concerns the model, which stays as it is."""
     text = np.where(data.tokens == BOS, data.tokens, random_text(len(data.tokens), run.config))
     with keeping_flags(model):
-        Adaptation(quietly(run)._replace(config=replace(run.config, global_ttt_lr=0.0)), model, data._replace(tokens=text), "",
+        Adaptation(quietly(run)._replace(config=replace(run.config, global_ttt_lr=0.0, global_ttt_lr_mul=0.0)), model, data._replace(tokens=text), "",
                    time.perf_counter(), 1.0).rehearse()
     release_memory(run.world.device)
 

@@ -30,6 +30,8 @@ PROTOCOLS = {
     "cached": dict(TTT_PROTOCOL="cached"),
     "cached, nothing read again": dict(TTT_PROTOCOL="cached", TTT_LIVE_TOKENS=0),
     "cached, chunks by length": dict(TTT_PROTOCOL="cached", TTT_LIVE_TOKENS=5, TTT_CHUNK_BY_LENGTH="10:2,40:7", TTT_GRAD_STEPS=2),
+    "batches dealt out, Muon": dict(TTT_PROTOCOL="cached", **toy.DEALT),
+    "batches dealt out, Muon on everything again": dict(TTT_PROTOCOL="cached", **{**toy.DEALT, "GLOBAL_TTT_AGAIN": 1, "ASYM_LOGIT_RESCALE": 1}),
     "no phases": dict(PHASED_TTT_ENABLED=0, TTT_PROTOCOL="cached"),
 }
 DATA = toy.documents()
@@ -46,8 +48,7 @@ def base(name):
 def batch_order(name) -> dict[int, tuple[int, int]]:
     """Document's start -> (phase, batch) in which it is read."""
     config = toy.setting(**PROTOCOLS[name])[0].config
-    batches = tg.document_batches(DOCUMENTS, config)
-    phases = tg.plan_phases(batches, config)
+    batches, phases = tg.plan_phases(tg.document_batches(DOCUMENTS, config), config)
     return {int(start): (next(i for i, p in enumerate(phases) if p.first <= number < p.last), number)
             for number, batch in enumerate(batches) for start in batch.documents[:, 0]}
 
@@ -81,7 +82,7 @@ def test_a_token_changes_no_loss_banked_before_it(name, data):
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_adapting_changes_later_losses(name):
     """The proof above is not of something that does nothing."""
-    frozen = toy.adapt(DATA, **{**PROTOCOLS[name], "TTT_LORA_LR": 0, "GLOBAL_TTT_LR": 0})[1]
+    frozen = toy.adapt(DATA, **{**PROTOCOLS[name], "TTT_LORA_LR": 0, "GLOBAL_TTT_LR": 0, "GLOBAL_TTT_LR_MUL": 0})[1]
     moved = np.abs(base(name)[1] - frozen)
     for start, size in DOCUMENTS[DOCUMENTS[:, 1] > 40]:
         assert moved[start: start + size].max() > 1e-3
@@ -167,9 +168,24 @@ def test_text_before_the_first_bos_is_a_document():
 def test_phases_end_with_whole_batches():
     config = toy.setting(TTT_BATCH_SIZE=64, PHASED_TTT_PREFIX_DOCS=2500, PHASED_TTT_NUM_PHASES=3)[0].config
     sizes = np.stack((np.zeros(50000, int), np.sort(np.random.default_rng(0).integers(1, 9999, 50000))), 1)
-    phases = tg.plan_phases(tg.document_batches(sizes, config), config)
-    assert [p.documents for p in phases] == [833, 1666, 2500, 0]
+    batches = tg.document_batches(sizes, config)
+    ordered, phases = tg.plan_phases(batches, config)
+    assert [p.documents for p in phases] == [833, 1666, 2500, 0] and ordered == batches
     assert [p.last for p in phases] == [14, 27, 40, 782]
+
+
+@given(st.integers(1, 30), st.integers(0, 8))
+def test_batches_are_dealt_out_to_phases(count, number):
+    """Every batch once; each phase has every (number + 1)th of them, longest first, and trains on all that was read before its end."""
+    config = toy.setting(**{**toy.DEALT, "PHASED_TTT_NUM_PHASES": number})[0].config
+    batches = [tg.DocumentBatch(np.array([(1000 * i + j, 100 - i) for j in range(2)]), 16) for i in range(count)]
+    ordered, phases = tg.plan_phases(batches, config)
+    rank = [int(b.documents[0, 0]) // 1000 for b in ordered]
+    assert sorted(rank) == list(range(count)) and phases[0].first == 0 and phases[-1].last == count
+    assert len(phases) == min(number + 1, count) and [p.first for p in phases[1:]] == [p.last for p in phases[:-1]]
+    for i, phase in enumerate(phases):
+        assert rank[phase.first: phase.last] == list(range(i, count, number + 1))
+        assert phase.documents == (2 * phase.last if phase.last < count else 0)
 
 
 def test_a_document_that_goes_wrong_is_scored_without_adapters():
@@ -229,7 +245,8 @@ def test_out_of_time_scores_batch_by_batch(monkeypatch):
     assert batches > 2 and seen == ["take", "score"] * batches + ["take", "-"] and result.tokens == len(DATA.tokens) - 1
 
 
-@pytest.mark.parametrize("settings", [{}, {"TTT_PROTOCOL": "published"}, {"ASYM_LOGIT_RESCALE": 1}, {"PHASED_TTT_NUM_PHASES": 0}])
+@pytest.mark.parametrize("settings", [{}, {"TTT_PROTOCOL": "published"}, {"ASYM_LOGIT_RESCALE": 1}, {"PHASED_TTT_NUM_PHASES": 0},
+                                      toy.DEALT])
 def test_rehearsal_leaves_everything_as_it_was(settings, monkeypatch):
     steps, step = [], tg.GlobalTrainer.step
     monkeypatch.setattr(tg.GlobalTrainer, "step", lambda self, stream, a, *rest: steps.append(a) or step(self, stream, a, *rest))
@@ -293,11 +310,36 @@ def test_global_pass_follows_the_formula():
         torch.testing.assert_close(p, q if q.grad is None else q - 0.3 * q.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_a_global_gradient_that_is_not_finite_counts_as_zero(monkeypatch):
+def test_global_passes_by_muon_go_on_where_they_stopped():
+    """Two passes against training's optimizers by hand: chunks that were left over come first, momentum lasts, each pass falls anew."""
+    run, model = toy.setting(**{**toy.DEALT, "GLOBAL_TTT_CHUNK_TOKENS": 32, "GLOBAL_TTT_BATCH_SEQS": 8})
+    _, twin = toy.setting()
+    trainer, by_hand = tg.GlobalTrainer(run, model, None), tg.Optimizers(twin, run.config, run.world)
+    documents = DOCUMENTS[[1, 6, 4, 5]]         # 70, 100, 48 and 49 tokens
+    for more in (1, 2, 4):                      # 69 targets: chunks 0, 1; 169: 2 to 4; 266: 5 to 7
+        trainer(DATA.tokens, documents[:more], lambda: False)
+    stream = np.concatenate([DATA.tokens[a: a + n] for a, n in documents])
+    for chunks in ((0, 1), (2, 3, 4), (5, 6, 7)):
+        for i in chunks:
+            lead = min(32 * i, 16)
+            row = stream[32 * i - lead: 32 * i + 33]
+            starts = np.union1d(np.unique([0, lead]), np.flatnonzero(row[:-1] == tg.BOS))
+            new = tg.Segments(torch.from_numpy(tg.pad_cu_seqlens(starts, len(row) - 1)), 48)
+            ids = torch.from_numpy(row.astype(np.int64))[None]
+            twin.losses(ids[:, :-1], ids[:, 1:], new)[:, lead:].mean().backward()
+            by_hand.start_reduce()
+            by_hand.step(0.1 * 0.5 * (1 + np.cos(np.pi * (i - chunks[0]) / len(chunks))), 0)
+    for p, q in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert sum(line.startswith("tttg: ") for line in run.log.lines) == 8
+
+
+@pytest.mark.parametrize("how", [{"GLOBAL_TTT_MOMENTUM": 0}, toy.DEALT])
+def test_a_global_gradient_that_is_not_finite_counts_as_zero(how, monkeypatch):
     """Once, in the middle: a line, and weights that the other steps alone have moved."""
     moved = {}
     for which in (None, 1, 99):
-        run, model = toy.setting(GLOBAL_TTT_CHUNK_TOKENS=32, GLOBAL_TTT_MOMENTUM=0)
+        run, model = toy.setting(GLOBAL_TTT_CHUNK_TOKENS=32, **how)
         trainer, calls = tg.GlobalTrainer(run, model, None), []
         gradient = trainer.gradient
 

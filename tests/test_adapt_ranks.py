@@ -50,7 +50,8 @@ def scores(results) -> list[list[list[float]]]:
 
 # What is the same for any number of ranks: the documents of every phase and the global gradient. What is not: a row's A
 # carries over from the rank's own last batch (TTT_WARM_START_A). Hence adapters stand still here, or start from nothing.
-STILL = [{"settings": {"TTT_PROTOCOL": protocol, "TTT_LORA_LR": 0}} for protocol in ("published", "cached")]
+STILL = [{"settings": {"TTT_PROTOCOL": "published", "TTT_LORA_LR": 0}}, {"settings": {"TTT_PROTOCOL": "cached", "TTT_LORA_LR": 0}},
+         {"settings": {"TTT_PROTOCOL": "cached", "TTT_LORA_LR": 0, **toy.DEALT}}]
 ONE_BATCH = {"settings": {"TTT_BATCH_SIZE": 16}, "rehearse": True}
 FEW = [{"sizes": sizes, "settings": {"PHASED_TTT_PREFIX_DOCS": 1000, "PHASED_TTT_NUM_PHASES": 3, "TTT_BATCH_SIZE": 1}}
        for sizes in ((20,), (1, 2), (30, 20), (16,) * 5)]
@@ -62,14 +63,14 @@ def test_ranks_agree_with_one(size):
     tasks = [*STILL, ONE_BATCH, *FEW]
     got = scores(finish(start(size, *tasks)))
     assert all(rank == got[0] for rank in got)
-    for i, task in enumerate(tasks[:3]):
+    for i, task in enumerate([*STILL, ONE_BATCH]):
         if i not in ALONE:
             run, model = toy.setting(**task["settings"])
             ALONE[i] = toy.adapt(toy.documents(), run, model)[0], float(sum(p.detach().double().sum() for p in model.parameters()))
         expected, weights = ALONE[i]
         assert got[0][i][:3] == pytest.approx([expected.loss, expected.bpb, expected.tokens], abs=1e-5)
         assert got[0][i][3] == pytest.approx(weights, abs=1e-3)
-    assert [score[2] for score in got[0][3:]] == [sum(task["sizes"]) - 1 for task in FEW]
+    assert [score[2] for score in got[0][len(STILL) + 1:]] == [sum(task["sizes"]) - 1 for task in FEW]
 
 
 def end_of_the_other(victim: int, how: str) -> str:
@@ -97,7 +98,7 @@ def test_a_rank_that_hangs_ends_the_other():
 
 
 def test_sigterm_prints_the_partial_score():
-    processes = start(2, {"settings": {"TTT_BATCH_SIZE": 2, "PHASED_TTT_PREFIX_DOCS": 0}, "pause": 0.3})
+    processes = start(2, {"settings": {"TTT_BATCH_SIZE": 2, "PHASED_TTT_NUM_PHASES": 0}, "pause": 0.3})
     for p in processes:
         while "BANKED" not in p.stdout.readline():
             assert p.poll() is None
