@@ -214,7 +214,7 @@ class Config:
     ttt_protocol: str = knob("cached", "read the whole window again for each chunk, or cache it", choices=("published", "cached"))
     ttt_live_tokens: int = knob(48, "cached: tokens before the chunk that are read again with it", at_least=0)
     phased_ttt_enabled: bool = knob(True, "global phases between batches of documents")
-    phased_ttt_prefix_docs: int = knob(0, "documents before the last global phase (published protocol: 2500); 0: batches dealt out to phases",
+    phased_ttt_prefix_docs: int = knob(0, "documents before the last global phase (published protocol: 2500); 0: batches dealt to all",
                                        at_least=0)
     phased_ttt_num_phases: int = knob(12, "global phases (published protocol: 3)", at_least=0)
     ttt_lora_rank: int = knob(56, "adapter rank", at_least=1)
@@ -247,7 +247,7 @@ class Config:
     global_ttt_grad_clip: float = knob(1.0, "global SGD", at_least=0)
     global_ttt_again: bool = knob(False, "every phase trains on all that has been scored (published protocol), not on what is new")
     global_ttt_epochs: int = knob(1, "global steps on each chunk", at_least=1)
-    global_ttt_chunk_tokens: int = knob(65536, "tokens of a chunk (published protocol: 32768); a rate falls from chunk to chunk", at_least=1)
+    global_ttt_chunk_tokens: int = knob(65536, "tokens of a chunk (published protocol: 32768): the rate falls by chunks", at_least=1)
     global_ttt_batch_seqs: int = knob(32, "most sequences of a global step", at_least=1)
     global_ttt_respect_doc_boundaries: bool = knob(True, "global phases train in document segments")
     # a stage alone, on what an earlier run saved
@@ -561,6 +561,10 @@ class World:
     def mean(self, t: Tensor) -> Tensor:
         return self.sum(t).div_(self.size) if self.size > 1 else t
 
+    def max(self, value: float) -> float:
+        """The largest of all ranks' values."""
+        return self.sum(torch.tensor(float(value)), dist.ReduceOp.MAX).item()
+
     def broadcast(self, t: Tensor, source: int = 0) -> Tensor:
         if self.size > 1:
             dist.broadcast(t, source)
@@ -830,7 +834,7 @@ class Signals:
 
     def any_rank(self, world: World) -> int:
         """What any rank has received; the same on every rank."""
-        return int(world.sum(torch.tensor([self.received]), dist.ReduceOp.MAX).item())
+        return int(world.max(self.received))
 
     def catch(self, number, _frame):
         self.received = number
@@ -2190,7 +2194,6 @@ PER_LAYER_NAMES = {
     "resid_mix": ("blocks.{}.resid_mix",),
 }
 FILE_NAMES = {"tok_emb": "tok_emb.weight", "lm_head": "lm_head.weight", "smear_gate": "smear_gate.weight"}
-BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 
 
 class LoRA(NamedTuple):
@@ -3409,11 +3412,6 @@ def snap_steps(steps: Tensor, w_NRC: Tensor, bits: int, grid: int = 0) -> Tensor
     return steps
 
 
-def row_steps(w_NRC: Tensor, sigma_N: Tensor, bits: int) -> Tensor:
-    """Step of every row under hand-set sigmas, float16 [N, R]."""
-    return snap_steps(raw_steps(w_NRC, sigma_N, bits), w_NRC, bits)
-
-
 def grid_index(steps: np.ndarray, parts: int) -> np.ndarray:
     """Nearest place of each step on a logarithmic grid of `parts` to the octave (int32)."""
     return np.rint(parts * np.log2(np.maximum(steps.astype(np.float64), SMALLEST_STEP))).astype(np.int32)
@@ -3487,18 +3485,12 @@ def prepare(h_NCC: Tensor, warn: Callable[[str], None], coarse: bool = False) ->
 
 
 @torch.no_grad()
-def gptq(w_NRC: Tensor, h_NCC: Tensor, step_NR: Tensor, bits: int, warn: Callable[[str], None] = print, block_size: int = 128) -> Tensor:
+def round_scalar(w_NRC: Tensor, factor: Factor, step_NR: Tensor, bits: int, block_size: int = 128) -> Tensor:
     """GPTQ (arXiv 2210.17323) of N matrices at once: integers int8 [N, R, C] that minimise the error seen through H.
 
-    Columns in order of falling diag H; each column's rounding error is spread over those that follow. Inputs that are
-    never active (H_jj = 0) get weight 0. step: float16 or float32 [N, R].
+    Columns in the factor's order, that of falling diag H, in blocks; each column's rounding error is spread over those that follow.
+    Inputs that are never active (H_jj = 0) get weight 0. step: float16 or float32 [N, R].
     """
-    return round_scalar(w_NRC, prepare(h_NCC, warn), step_NR, bits, block_size)
-
-
-@torch.no_grad()
-def round_scalar(w_NRC: Tensor, factor: Factor, step_NR: Tensor, bits: int, block_size: int = 128) -> Tensor:
-    """The loop of GPTQ over columns, in blocks, with plain rounding (a row of QUANTIZERS)."""
     q_max, columns, u, order = largest(bits), w_NRC.shape[2], factor.u, factor.order
     w = (w_NRC.float() * factor.live[:, None]).gather(2, order[:, None].expand_as(w_NRC)).contiguous()
     step = step_NR.float()
@@ -3910,15 +3902,6 @@ def affordable_steps(run: Run, trainer: Trainer, closing: float, turns: int) -> 
         return c.inq_steps
     left = (c.max_wallclock_seconds - closing - run.ledger.used["train"]) / turns
     return max(min(c.inq_steps, int(left / trainer.step_seconds)), 0)
-
-
-def quantize(run: Run, weights: dict[str, Tensor], hessians: dict[str, Tensor], sensitivity: dict[str, Tensor] | None = None,
-             counts: Tensor | None = None) -> dict[str, IntTensor | HalfTensor]:
-    """Weights under their file names -> their codes, with the clips of the rule; every rank returns everything."""
-    quantizer = Quantizer(run, Calibration(weights, hessians, sensitivity or {}, counts))
-    coded = quantizer()
-    quantizer.log_table(coded)
-    return coded
 
 
 # ======================================================================================================================
@@ -4835,11 +4818,11 @@ def plan_phases(batches: list[DocumentBatch], config: Config) -> tuple[list[Docu
     """Batches in the order of reading, and phases: the same for any number of ranks.
 
     Published protocol: the longest documents first; phases end with the batch that completes equal parts of the first
-    PHASED_TTT_PREFIX_DOCS. Without that number batches are dealt out to the phases and what follows the last one like
-    cards, so that all phases read documents of all lengths, and early ones teach most of the text.
+    PHASED_TTT_PREFIX_DOCS. Without that number batches are dealt out like cards to the phases and what follows the last one,
+    so that all of them read documents of all lengths; who gets the longest is the last: most tokens come after most lessons.
     """
     count, prefix = config.phased_ttt_num_phases * config.phased_ttt_enabled, config.phased_ttt_prefix_docs
-    hands = [batches] if prefix else [batches[i:: count + 1] for i in range(count + 1)]
+    hands = [batches] if prefix else [batches[i:: count + 1] for i in reversed(range(count + 1))]
     batches = [b for hand in hands for b in hand]
     done = np.cumsum([len(b.documents) for b in batches])
     boundaries = ([min(prefix, int(done[-1])) * (i + 1) // count for i in range(count)] if prefix
@@ -5060,11 +5043,11 @@ class GlobalTrainer:
     """
 
     def __init__(self, run: Run, model: GPT, caps: Tensor | None):
-        c = run.config
-        self.run, self.model, self.caps, self.parameters = run, model, caps, [*model.parameters(), *([] if caps is None else [caps])]
+        c, alone = run.config, [] if caps is None else [caps]
+        self.run, self.model, self.caps, self.parameters = run, model, caps, [*model.parameters(), *alone]
         self.graphs = Graphs(c.ttt_graphs and is_capturable(model) and not (c.ttt_compile and model.compiled), run.log)
         self.optimizers = Optimizers(model, c, run.world) if c.global_ttt_optimizer == "muon" else None
-        self.by_sgd = self.parameters[len(self.parameters) - (caps is not None) if self.optimizers else 0:]
+        self.by_sgd = alone if self.optimizers else self.parameters
         self.trained = 0        # chunks
 
     def __call__(self, tokens: np.ndarray, documents: np.ndarray, out_of_time: Callable[[], bool]):
@@ -5079,7 +5062,7 @@ class GlobalTrainer:
         for i in range(begin, chunks - 1):
             first, last = (min((i + j) * c.global_ttt_chunk_tokens, total) for j in (0, 1))
             fall = 0.5 * (1 + math.cos(math.pi * (i - begin) / (chunks - 1 - begin)))
-            if run.world.sum(torch.tensor(float(bool(out_of_time()))), dist.ReduceOp.MAX):
+            if run.world.max(bool(out_of_time())):
                 run.log(f"ttt_time_limit: global pass stopped at chunk {i + 1}/{chunks}")
                 break
             for _ in range(c.global_ttt_epochs):
@@ -5210,7 +5193,7 @@ class Adaptation:
         model.requires_grad_(False)
         self.caps = torch.full((2,), c.logit_softcap, device=run.world.device, requires_grad=True) if c.asym_logit_rescale else None
         self.global_trainer = GlobalTrainer(run, model, self.caps)
-        self.reader = Reader(model, self.rows, int(self.batches[0].documents[0, 1]), self.caps, run.log)
+        self.reader = Reader(model, self.rows, max(int(b.documents[0, 1]) for b in self.batches), self.caps, run.log)
         self.mark = torch.cuda.Event() if run.world.device.type == "cuda" else None
         self.mine, self.plain, self.adapting, self.read, self.current = Sums(), [], True, 0, 0
 
@@ -5330,7 +5313,7 @@ class Adaptation:
     def train_globally(self, documents: np.ndarray, rest: list[DocumentBatch]):
         """The end of a phase, unless any rank has run out of time."""
         left = sum(b.tokens for b in rest) / self.run.world.size
-        if self.run.world.sum(torch.tensor(float(not self.adapting)), dist.ReduceOp.MAX):
+        if self.run.world.max(not self.adapting):
             self.adapting = False
             return
         self.learn(documents, lambda: self.signals.received or self.deadline.over(left))
@@ -5376,7 +5359,7 @@ class Adaptation:
     def finish_if_signalled(self):
         """After a signal on any rank: the score of what is done, marked partial."""
         total, n = self.crew.total(), len(self.data.tokens) - 1       # before the collective: then the store may go
-        if self.run.world.sum(torch.tensor(float(self.signals.received)), dist.ReduceOp.MAX):
+        if self.run.world.max(self.signals.received):
             self.run.log(f"partial {self.name} val_loss:{total.loss:.8f} val_bpb:{total.bpb:.8f} tokens:{total.tokens} of {n}")
             raise UserError(f"{self.name} stopped by a signal after {total.tokens} of {n} tokens; the score of these is partial", code=130)
 
@@ -5413,8 +5396,8 @@ def rehearse_adaptation(run: Run, model: GPT, data: Validation):
     rate of 0 where it concerns the model, which stays as it is."""
     text = np.where(data.tokens == BOS, data.tokens, random_text(len(data.tokens), run.config))
     with keeping_flags(model):
-        Adaptation(quietly(run)._replace(config=replace(run.config, global_ttt_lr=0.0, global_ttt_lr_mul=0.0)), model, data._replace(tokens=text), "",
-                   time.perf_counter(), 1.0).rehearse()
+        still = quietly(run)._replace(config=replace(run.config, global_ttt_lr=0.0, global_ttt_lr_mul=0.0))
+        Adaptation(still, model, data._replace(tokens=text), "", time.perf_counter(), 1.0).rehearse()
     release_memory(run.world.device)
 
 

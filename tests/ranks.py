@@ -66,7 +66,7 @@ def run(out: Path, size: int, rank: int, store: str):
     result["hessians"] = hessians
     weights = {n: t.detach().clone() for n, t in tg.export_weights(dict(model.named_parameters()), c.num_layers).items()}
     exact = {n: torch.eye(len(h)) + 0.1 for n, h in hessians.items()}
-    result["coded"] = {n: tuple(t) for n, t in tg.quantize(r, weights, exact).items()}
+    result["coded"] = {n: tuple(t) for n, t in toy.quantize(r, weights, exact).items()}
     in_turn = r._replace(config=replace(c, inq_steps=2, inq_groups=3, inq_lr=0.1))
     trainer = tg.Trainer(in_turn, model, shards)
     quantizer = tg.Quantizer(in_turn, tg.Calibration(weights, exact, {}, None))

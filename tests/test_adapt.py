@@ -176,14 +176,15 @@ def test_phases_end_with_whole_batches():
 
 @given(st.integers(1, 30), st.integers(0, 8))
 def test_batches_are_dealt_out_to_phases(count, number):
-    """Every batch once; each phase has every (number + 1)th of them, longest first, and trains on all that was read before its end."""
+    """Every batch once; each phase has every (number + 1)th of them, longest first, the last one the longest of all; a phase trains on
+    what was read until its end."""
     config = toy.setting(**{**toy.DEALT, "PHASED_TTT_NUM_PHASES": number})[0].config
     batches = [tg.DocumentBatch(np.array([(1000 * i + j, 100 - i) for j in range(2)]), 16) for i in range(count)]
     ordered, phases = tg.plan_phases(batches, config)
     rank = [int(b.documents[0, 0]) // 1000 for b in ordered]
     assert sorted(rank) == list(range(count)) and phases[0].first == 0 and phases[-1].last == count
     assert len(phases) == min(number + 1, count) and [p.first for p in phases[1:]] == [p.last for p in phases[:-1]]
-    for i, phase in enumerate(phases):
+    for i, phase in enumerate(reversed(phases)):
         assert rank[phase.first: phase.last] == list(range(i, count, number + 1))
         assert phase.documents == (2 * phase.last if phase.last < count else 0)
 

@@ -24,7 +24,7 @@ def matrices(n, rows, columns, seed=0):
 
 
 def steps_of(w, sigma=12.85, bits=6):
-    return tg.row_steps(w, torch.full((len(w),), sigma), bits)
+    return toy.row_steps(w, torch.full((len(w),), sigma), bits)
 
 
 def weighted(w, q, step, h):
@@ -41,7 +41,7 @@ def test_gptq_equals_the_slow_reference(n, rows, columns, bits):
     integer changes those after it in its row: a few in ten thousand may differ, and the error must be equal."""
     w, h = matrices(n, rows, columns)
     step = steps_of(w, 4.0 if bits == 2 else 12.85, bits)
-    q = tg.gptq(w, h, step, bits)
+    q = toy.gptq(w, h, step, bits)
     assert q.dtype == torch.int8 and q.abs().max() <= tg.largest(bits)
     for i in range(n):
         slow = reference.gptq(w[i].numpy(), h[i].numpy(), step[i].double().numpy(), tg.largest(bits))
@@ -55,16 +55,16 @@ def test_gptq_equals_the_slow_reference(n, rows, columns, bits):
 def test_blocks_do_not_matter(block_size):
     w, h = matrices(2, 16, 96)
     step = steps_of(w)
-    a, b = tg.gptq(w, h, step, 6, block_size=block_size), tg.gptq(w, h, step, 6, block_size=96)
+    a, b = toy.gptq(w, h, step, 6, block_size=block_size), toy.gptq(w, h, step, 6, block_size=96)
     assert (a != b).float().mean() < 0.01        # ties, as above
 
 
 def test_batching_does_not_matter():
     w, h = matrices(4, 16, 48)
     step = steps_of(w)
-    together = tg.gptq(w, h, step, 6)
+    together = toy.gptq(w, h, step, 6)
     for i in range(4):
-        alone = tg.gptq(w[i: i + 1], h[i: i + 1], step[i: i + 1], 6)[0]
+        alone = toy.gptq(w[i: i + 1], h[i: i + 1], step[i: i + 1], 6)[0]
         assert (alone != together[i]).float().mean() < 0.01
 
 
@@ -72,7 +72,7 @@ def test_gptq_is_better_than_rounding_on_what_it_minimises():
     w, h = matrices(6, 40, 80)
     step = steps_of(w)
     rounded = (w / step.float()[..., None]).round().clamp(-31, 31)
-    ratio = weighted(w, tg.gptq(w, h, step, 6), step, h) / weighted(w, rounded, step, h)
+    ratio = weighted(w, toy.gptq(w, h, step, 6), step, h) / weighted(w, rounded, step, h)
     assert (ratio < 0.7).all(), ratio            # correlated inputs: about 0.2 to 0.4
 
 
@@ -80,7 +80,7 @@ def test_without_correlation_gptq_is_rounding():
     w, _ = matrices(2, 10, 20)
     step = steps_of(w)
     h = torch.diag_embed(torch.rand(2, 20) + 0.1)
-    assert torch.equal(tg.gptq(w, h, step, 6), (w / step.float()[..., None]).round().to(torch.int8))
+    assert torch.equal(toy.gptq(w, h, step, 6), (w / step.float()[..., None]).round().to(torch.int8))
 
 
 def test_dead_inputs_get_zero_and_do_not_disturb_the_rest():
@@ -89,7 +89,7 @@ def test_dead_inputs_get_zero_and_do_not_disturb_the_rest():
     h[:, dead] = 0
     h[:, :, dead] = 0
     step = steps_of(w)
-    q = tg.gptq(w, h, step, 6)
+    q = toy.gptq(w, h, step, 6)
     assert not q[:, :, dead].any()
     alive = [j for j in range(30) if j not in dead]
     slow = reference.gptq(w[0].numpy(), h[0].numpy(), step[0].double().numpy(), 31)
@@ -102,7 +102,7 @@ def test_a_hessian_without_information_gives_zero_or_rounding(kind):
     step = steps_of(w)
     warnings = []
     h = torch.zeros(1, 10, 10) if kind == "zero" else torch.full((1, 10, 10), float("nan"))
-    q = tg.gptq(w, h, step, 6, warnings.append)
+    q = toy.gptq(w, h, step, 6, warnings.append)
     if kind == "zero":
         assert not q.any()                       # no input was ever active
     else:                                        # nothing is known of the inputs
@@ -117,11 +117,11 @@ def test_a_failed_cholesky_is_tried_again_then_rounded():
     h[2] = torch.eye(12)
     h[2, 0, 1] = h[2, 1, 0] = 100.0              # no damping up to 1000% makes this positive
     step, log = steps_of(w), []
-    q = tg.gptq(w, h, step, 6, log.append)
+    q = toy.gptq(w, h, step, 6, log.append)
     assert len(log) == 4 and "failed for 2 matrices" in log[0] and all("failed for 1 matrices" in line for line in log[1:])
     assert "warning" in log[3] and "rounded to nearest" in log[3] and "warning" not in log[0]
     assert torch.equal(q[2], (w[2] / step[2].float()[:, None]).round().to(torch.int8))
-    assert (q[0] != tg.gptq(w[:1], h[:1], step[:1], 6, log.append)[0]).float().mean() < 0.01
+    assert (q[0] != toy.gptq(w[:1], h[:1], step[:1], 6, log.append)[0]).float().mean() < 0.01
     assert len(log) == 4
     slow = reference.gptq(w[1].numpy(), h[1].numpy(), step[1].double().numpy(), 31, damping=0.1)
     assert (q[1].numpy() != slow).mean() < 0.02
@@ -140,7 +140,7 @@ def test_gptq_changes_no_argument():
     w, h = matrices(1, 4, 10)
     step = steps_of(w)
     kept = [t.clone() for t in (w, h, step)]
-    tg.gptq(w, h, step, 6)
+    toy.gptq(w, h, step, 6)
     assert all(torch.equal(a, b) for a, b in zip((w, h, step), kept))
 
 
@@ -151,14 +151,14 @@ def test_gptq_changes_no_argument():
 def test_row_steps_follow_the_rows_deviation(bits):
     w, _ = matrices(2, 30, 50)
     w = w * torch.logspace(-2, 2, 30)[:, None]
-    step = tg.row_steps(w, torch.tensor([12.85, 6.0]), bits)
+    step = toy.row_steps(w, torch.tensor([12.85, 6.0]), bits)
     assert step.dtype == torch.float16
     expected = torch.tensor([12.85, 6.0])[:, None] * w.double().std(2) / (2 ** (bits - 1) - 1)
     assert (step.double() / expected - 1).abs().max() < 2 ** -4        # float16, or a grid of at least 8 to the octave
 
 
 def test_a_constant_row_has_a_usable_step():
-    step = tg.row_steps(torch.zeros(1, 3, 10), torch.tensor([12.85]), 6)
+    step = toy.row_steps(torch.zeros(1, 3, 10), torch.tensor([12.85]), 6)
     assert (step > 0).all() and torch.isfinite(step.float()).all()
 
 
@@ -184,7 +184,7 @@ def quantised(monkeypatch, **settings):
     model, run = toy.model(c), toy.run(c)
     weights = {n: p.detach().clone() for n, p in tg.export_weights(dict(model.named_parameters()), c.num_layers).items()}
     hessians = tg.collect_hessians(run, model, [toy.row(1000, range(0, 1000, 40))], 4)
-    return tg.quantize(run, weights, hessians), weights, hessians, run
+    return toy.quantize(run, weights, hessians), weights, hessians, run
 
 
 def test_routing(monkeypatch):
@@ -261,7 +261,7 @@ def test_the_summary_counts_the_weighted_error(monkeypatch):
 def test_gptq_on_the_gpu_equals_the_slow_reference():
     w, h = matrices(2, 64, 256)
     step = steps_of(w)
-    q = tg.gptq(w.cuda(), h.cuda(), step.cuda(), 6).cpu()
+    q = toy.gptq(w.cuda(), h.cuda(), step.cuda(), 6).cpu()
     for i in range(2):
         slow = reference.gptq(w[i].numpy(), h[i].numpy(), step[i].double().numpy(), 31)
         assert (q[i].numpy() != slow).mean() < 0.01

@@ -111,7 +111,7 @@ def test_coded_and_back(compressor, states, rows, columns, classes):
 def test_rows_of_zeros_and_of_one_value():
     w, h = torch.zeros(1, 3, 40), hessian(40)[None]
     w[0, 1], w[0, 2, 7] = 1.0, 50.0
-    step = tg.row_steps(w, torch.full((1,), 12.85), 6)
+    step = toy.row_steps(w, torch.full((1,), 12.85), 6)
     q = tg.round_trellis(w, tg.prepare(h, print, True), step, 8, 0.35)
     assert not q[0, 0].any() and q[0, 1].float().mean() * step[0, 1].float() == pytest.approx(1.0, abs=0.2)
 

@@ -160,3 +160,21 @@ def hypothesis_settings(**options):
 
 def dump(value) -> str:
     return json.dumps(value, sort_keys=True, default=str)
+
+
+def row_steps(w_NRC: torch.Tensor, sigma_N: torch.Tensor, bits: int) -> torch.Tensor:
+    """Step of every row under hand-set sigmas, float16 [N, R]."""
+    return tg.snap_steps(tg.raw_steps(w_NRC, sigma_N, bits), w_NRC, bits)
+
+
+def gptq(w_NRC, h_NCC, step_NR, bits: int, warn=print, block_size: int = 128) -> torch.Tensor:
+    """Scalar GPTQ from the Hessians on."""
+    return tg.round_scalar(w_NRC, tg.prepare(h_NCC, warn), step_NR, bits, block_size)
+
+
+def quantize(run: tg.Run, weights: dict, hessians: dict, sensitivity: dict | None = None, counts=None) -> dict:
+    """Weights under their file names -> their codes, all at once, with the clips of the rule."""
+    quantizer = tg.Quantizer(run, tg.Calibration(weights, hessians, sensitivity or {}, counts))
+    coded = quantizer()
+    quantizer.log_table(coded)
+    return coded
