@@ -214,9 +214,9 @@ class Config:
     ttt_protocol: str = knob("cached", "read the whole window again for each chunk, or cache it", choices=("published", "cached"))
     ttt_live_tokens: int = knob(48, "cached: tokens before the chunk that are read again with it", at_least=0)
     phased_ttt_enabled: bool = knob(True, "global phases between batches of documents")
-    phased_ttt_prefix_docs: int = knob(0, "documents before the last global phase (published protocol: 2500); 0: batches dealt to all",
+    phased_ttt_prefix_docs: int = knob(0, "documents before the last global phase (published: 2500); 0: phases are dealt batches",
                                        at_least=0)
-    phased_ttt_num_phases: int = knob(12, "global phases (published protocol: 3)", at_least=0)
+    phased_ttt_num_phases: int = knob(12, "global phases (published: 3); 0: none", at_least=0)
     ttt_lora_rank: int = knob(56, "adapter rank", at_least=1)
     ttt_lora_alpha: float = knob(144.0, "adapter output scale * rank", above=0)
     ttt_lora_lr: float = knob(2e-4, "adapter learning rate (published protocol: 1e-4)", at_least=0)
@@ -240,14 +240,14 @@ class Config:
     ttt_compile: bool = knob(False, "published: torch.compile while adapting (on CUDA)")
     ttt_graphs: bool = knob(True, "CUDA graphs of the cached protocol's and the global phases' forward and backward")
     asym_logit_rescale: bool = knob(False, "softcaps of positive and negative logits, trained in the global phases (PR 1923)")
-    global_ttt_optimizer: str = knob("muon", "training's optimizers at a low rate, or SGD (published protocol)", choices=("muon", "sgd"))
-    global_ttt_lr_mul: float = knob(0.04, "global Muon and AdamW: multiplier of training's rates", at_least=0)
+    global_ttt_optimizer: str = knob("muon", "training's optimizers at a low rate, or SGD (published)", choices=("muon", "sgd"))
+    global_ttt_lr_mul: float = knob(0.04, "global Muon (momentum: MUON_MOMENTUM_WARMUP_START) and AdamW: share of rates", at_least=0)
     global_ttt_lr: float = knob(0.001, "global SGD", at_least=0)
     global_ttt_momentum: float = knob(0.9, "global SGD", at_least=0, at_most=1)
     global_ttt_grad_clip: float = knob(1.0, "global SGD", at_least=0)
-    global_ttt_again: bool = knob(False, "every phase trains on all that has been scored (published protocol), not on what is new")
-    global_ttt_epochs: int = knob(1, "global steps on each chunk", at_least=1)
-    global_ttt_chunk_tokens: int = knob(65536, "tokens of a chunk (published protocol: 32768): the rate falls by chunks", at_least=1)
+    global_ttt_again: bool = knob(False, "every phase trains on all that has been scored (published), not on what is new")
+    global_ttt_epochs: int = knob(1, "passes over each chunk", at_least=1)
+    global_ttt_chunk_tokens: int = knob(65536, "tokens of a chunk (published: 32768); the rate falls from chunk to chunk", at_least=1)
     global_ttt_batch_seqs: int = knob(32, "most sequences of a global step", at_least=1)
     global_ttt_respect_doc_boundaries: bool = knob(True, "global phases train in document segments")
     # a stage alone, on what an earlier run saved
@@ -563,7 +563,7 @@ class World:
 
     def max(self, value: float) -> float:
         """The largest of all ranks' values."""
-        return self.sum(torch.tensor(float(value)), dist.ReduceOp.MAX).item()
+        return self.sum(torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MAX).item()
 
     def broadcast(self, t: Tensor, source: int = 0) -> Tensor:
         if self.size > 1:
@@ -595,6 +595,14 @@ class World:
     def sync(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+    def timed(self, action: Callable) -> float:
+        """Seconds that an action takes, until the device has done it."""
+        self.sync()
+        start = time.perf_counter()
+        action()
+        self.sync()
+        return time.perf_counter() - start
 
     def close(self, finished: bool = True):
         if self.life:
@@ -2800,6 +2808,7 @@ class Muon:
             if handle:
                 handle.wait()
             p.mul_(1 - lr * c.muon_wd).add_(update[: len(p)], alpha=-lr * max(1, p.shape[1] / p.shape[2]) ** 0.5)
+        self.grads.clear()
 
 
 class Optimizers:
@@ -2932,13 +2941,21 @@ class Clock:
         return self.limit > 0 and elapsed + 2 * self.per_step > self.limit
 
 
+def later(t: Tensor) -> Callable[[], float]:
+    """The value of a one-number tensor once the device has it; whoever asks waits for that and for nothing after it."""
+    if not t.is_cuda:
+        return t.item
+    copy, ready = t.to("cpu", non_blocking=True), torch.cuda.Event()
+    ready.record()
+    return lambda: (ready.synchronize(), copy.item())[1]
+
+
 class Pending(NamedTuple):
-    """A step whose results are still on their way from the device."""
+    """A step whose results are still on their way from the device (see later)."""
     step: int
-    loss: Tensor
-    grad_norm: Tensor
+    loss: Callable[[], float]
+    grad_norm: Callable[[], float]
     lr_mul: float
-    ready: torch.cuda.Event | None
 
 
 class Graphs:
@@ -3056,37 +3073,30 @@ class Trainer:
         self.settle()
         grad_norm = self.optimizers.step(lr_mul, self.step)
         self.step += 1
-        ready = None
-        if loss.is_cuda:
-            loss, grad_norm = (t.to("cpu", non_blocking=True) for t in (loss, grad_norm))
-            ready = torch.cuda.Event()
-            ready.record()
-        self.pending = Pending(self.step, loss, grad_norm, lr_mul, ready)
+        self.pending = Pending(self.step, later(loss), later(grad_norm), lr_mul)
 
     def settle(self):
         """Check and log the last step, then let its weights into the average: a bad step can not reach it."""
         if self.pending is None:
             return
-        step, loss, grad_norm, lr_mul, ready = self.pending
-        self.pending = None
-        if ready is not None:
-            ready.synchronize()
-        if not math.isfinite(grad_norm.item()):
+        step, loss, grad_norm, lr_mul = self.pending
+        self.pending, loss, grad_norm = None, loss(), grad_norm()
+        if not math.isfinite(grad_norm):
             self.abandon(step, loss)
-        self.last_loss = loss.item()
+        self.last_loss = loss
         with torch.no_grad():
             torch._foreach_lerp_(self.ema, list(self.model.parameters()), 1 - self.run.config.ema_decay)
         every = self.run.config.train_log_every
         if every and (step <= 5 or step % every == 0) and self.clock:
             c, seconds = self.run.config, self.clock.read()
-            mean_loss = self.run.world.mean(loss.double().reshape(1)).item()
+            mean_loss = self.run.world.mean(torch.tensor(loss, dtype=torch.float64)).item()
             self.run.log(f"{step}/{c.iterations} train_loss: {mean_loss:.4f} train_time: {seconds / 60:.1f}m "
                          f"tok/s: {step * c.train_batch_tokens / seconds:.0f} lr_mul: {lr_mul:.4f} "
-                         f"grad_norm: {grad_norm.item():.4f} seconds: {seconds:.3f}")
+                         f"grad_norm: {grad_norm:.4f} seconds: {seconds:.3f}")
 
-    def abandon(self, step: int, loss: Tensor):
+    def abandon(self, step: int, loss: float):
         """A gradient is not finite: save the average, which never saw it, and stop every rank."""
-        bad = torch.tensor([0.0 if math.isfinite(loss.item()) else 1.0] * self.run.world.size, dtype=torch.float64)
+        bad = torch.tensor([0.0 if math.isfinite(loss) else 1.0] * self.run.world.size, dtype=torch.float64)
         bad[torch.arange(self.run.world.size) != self.run.world.rank] = 0
         ranks = self.run.world.sum(bad).nonzero().flatten().tolist()
         path = self.run.folder / "last_good_ema.safetensors"
@@ -3116,11 +3126,7 @@ class Trainer:
                     self.take_step(batches, loops, 1.0)
                 self.settle()
             dry_run()
-            self.run.world.sync()
-            start = time.perf_counter()
-            dry_run()
-            self.run.world.sync()
-            seconds = time.perf_counter() - start
+            seconds = self.run.world.timed(dry_run)
         with torch.no_grad():
             for p, average, w in zip(self.model.parameters(), self.ema, weights):
                 p.copy_(w)
@@ -4808,7 +4814,8 @@ def document_batches(documents: np.ndarray, config: Config) -> list[DocumentBatc
 
 
 class Phase(NamedTuple):
-    """Batches [first, last) are read; then, if documents > 0, the base weights train on the first so many documents."""
+    """Batches [first, last) are read; then, if documents > 0, the base weights train on the first so many documents, or on what of
+    them is new."""
     first: int
     last: int
     documents: int
@@ -5019,15 +5026,6 @@ def compiling(model: GPT, wanted: bool):
         model.compiled = before
 
 
-def later(t: Tensor) -> Callable[[], float]:
-    """The value of a one-number tensor once the device has it; whoever asks waits for that and for nothing after it."""
-    if not t.is_cuda:
-        return t.item
-    copy, ready = t.to("cpu", non_blocking=True), torch.cuda.Event()
-    ready.record()
-    return lambda: (ready.synchronize(), copy.item())[1]
-
-
 def caps_alone(c: Config, caps: Tensor | None) -> Adapters | None:
     """Adapters that are nothing but softcaps (ASYM_LOGIT_RESCALE), if there are any."""
     return None if caps is None else Adapters((NO_ADAPTERS,) * len(c.pass_order(c.num_loops)[0]), caps=caps)
@@ -5046,9 +5044,8 @@ class GlobalTrainer:
         c, alone = run.config, [] if caps is None else [caps]
         self.run, self.model, self.caps, self.parameters = run, model, caps, [*model.parameters(), *alone]
         self.graphs = Graphs(c.ttt_graphs and is_capturable(model) and not (c.ttt_compile and model.compiled), run.log)
-        self.optimizers = Optimizers(model, c, run.world) if c.global_ttt_optimizer == "muon" else None
-        self.by_sgd = alone if self.optimizers else self.parameters
-        self.trained = 0        # chunks
+        self.by_sgd = alone if c.global_ttt_optimizer == "muon" else self.parameters
+        self.optimizers, self.trained = None, 0         # made when they are needed; chunks
 
     def __call__(self, tokens: np.ndarray, documents: np.ndarray, out_of_time: Callable[[], bool]):
         """One pass at a falling rate. Chunks of GLOBAL_TTT_CHUNK_TOKENS in the order of reading, all but the last trained on;
@@ -5058,6 +5055,8 @@ class GlobalTrainer:
         total, longest = len(stream) - 1, c.eval_seq_len
         chunks, begin = -(-total // c.global_ttt_chunk_tokens), 0 if c.global_ttt_again else self.trained
         sgd = torch.optim.SGD(self.by_sgd, lr=c.global_ttt_lr, momentum=c.global_ttt_momentum) if self.by_sgd else None
+        if self.by_sgd is not self.parameters:
+            self.optimizers = self.optimizers or Optimizers(self.model, c, run.world)
         left_out = lambda: False            # of the step before
         for i in range(begin, chunks - 1):
             first, last = (min((i + j) * c.global_ttt_chunk_tokens, total) for j in (0, 1))
@@ -5070,7 +5069,7 @@ class GlobalTrainer:
                     before, left_out = left_out, later(self.step(stream, a, min(a + c.global_ttt_batch_seqs * longest, last), sgd, fall))
                     self.report(before())
             self.trained = i + 1
-            lr = fall * (c.global_ttt_lr_mul if self.optimizers else c.global_ttt_lr)
+            lr = fall * (c.global_ttt_lr_mul * c.matrix_lr if self.optimizers else c.global_ttt_lr)
             run.log(f"tttg: c{i + 1}/{chunks} lr:{lr:.6f} t:{time.perf_counter() - start:.1f}s")
         self.report(left_out())
 
@@ -5079,16 +5078,15 @@ class GlobalTrainer:
             self.run.log("ttt_non_finite: the gradient of a global step was left out")
 
     def step(self, stream: np.ndarray, a: int, b: int, sgd: torch.optim.Optimizer | None, fall: float) -> Tensor:
-        """An update by the mean loss of the targets of positions [a, b), sequences of them shared out over the ranks: the number
-        of ranks does not change the result. Returns whether the gradient was not finite, and hence counted as zero."""
+        """An update by the mean loss of the targets of positions [a, b), sequences of them shared out over the ranks: their number
+        changes roundings only (Muon's gradients travel in bfloat16). Returns whether the gradient was not finite, and hence zero."""
         c, world = self.run.config, self.run.world
         sequences = -(-(b - a) // c.eval_seq_len)
         mine = [min(a + c.eval_seq_len * (sequences * (world.rank + i) // world.size), b) for i in (0, 1)]
         gradient = self.gradient(stream, *mine, (b - a) / world.size) if mine[1] > mine[0] else [None] * len(self.parameters)
         for p, g in zip(self.parameters, gradient):
             p.grad = torch.zeros_like(p) if g is None else g
-        wrong = ~torch.stack(torch._foreach_norm([p.grad for p in self.parameters])).isfinite().all()
-        wrong = world.sum(wrong.float(), dist.ReduceOp.MAX) > 0
+        wrong = ~world.sum(torch.stack(torch._foreach_norm([p.grad for p in self.parameters])).sum()).isfinite()
         for p in self.parameters:
             p.grad.masked_fill_(wrong, 0.0)
         if sgd:
@@ -5312,6 +5310,7 @@ class Adaptation:
 
     def train_globally(self, documents: np.ndarray, rest: list[DocumentBatch]):
         """The end of a phase, unless any rank has run out of time."""
+        self.deadline.resume()              # having waited for the other ranks
         left = sum(b.tokens for b in rest) / self.run.world.size
         if self.run.world.max(not self.adapting):
             self.adapting = False
@@ -5354,7 +5353,8 @@ class Adaptation:
         documents = np.concatenate([b.documents for b in self.batches])
         enough = np.searchsorted(documents[:, 1].cumsum(), 3 * self.c.global_ttt_chunk_tokens) + 1
         self.read_random(1)
-        self.learn(documents[:enough], lambda: False)
+        if len(self.phases) > 1:
+            self.learn(documents[:enough], lambda: False)
 
     def finish_if_signalled(self):
         """After a signal on any rank: the score of what is done, marked partial."""
@@ -5506,17 +5506,11 @@ CLOSING_PASSES = 2      # after all groups but one
 
 def reserve_seconds(run: Run, trainer: Trainer, inputs: Inputs, rehearsal: float, rehearsed: list[Quantizer]) -> float:
     """Seconds that calibration, GPTQ and the training inside it will take, from a rehearsal on one batch: every further
-    batch costs as much as one more. A fifth is added, but not to training steps; rank 0's figure holds for all."""
-    c, model = run.config, trainer.model
+    batch costs as much as one more. A fifth is added, but not to training steps; the slowest rank's figure holds for all. At most
+    half the budget: on a machine that was busy in the rehearsal training still gets the other."""
+    c, model, seconds = run.config, trainer.model, run.world.timed
     if not rehearsed:
         return 0.0
-
-    def seconds(action: Callable) -> float:
-        run.world.sync()
-        start = time.perf_counter()
-        action()
-        run.world.sync()
-        return time.perf_counter() - start
     total = rehearsal + (c.gptq_calibration_batches - 1) * seconds(lambda: collect_hessians(quietly(run), model, inputs.shards, 1))
     if c.clip_rule == "fisher":
         one = seconds(lambda: collect_sensitivity(quietly(run), model, inputs.shards, list(rehearsed[0].bits), {}, 1)) / 2
@@ -5525,7 +5519,7 @@ def reserve_seconds(run: Run, trainer: Trainer, inputs: Inputs, rehearsal: float
         rehearsed[0].done.clear()
         total += (USUAL_PASSES - 1) * seconds(rehearsed[0])
     total = 1.2 * total + 0.5 + c.inq_steps * (c.inq_groups - 1) * trainer.step_seconds
-    return run.world.broadcast(torch.tensor([total], dtype=torch.float64)).item()
+    return run.world.max(min(total, c.max_wallclock_seconds / 2))
 
 
 def seconds_a_step(trainer: Trainer, count: int = 4) -> float:
@@ -5533,11 +5527,7 @@ def seconds_a_step(trainer: Trainer, count: int = 4) -> float:
     world = trainer.run.world
     with contextlib.closing(Prefetcher(trainer.stream(), world.device)) as batches:
         trainer.refine(batches, 1, 0.0, {})
-        world.sync()
-        start = time.perf_counter()
-        trainer.refine(batches, count, 0.0, {})
-        world.sync()
-        seconds = time.perf_counter() - start
+        seconds = world.timed(lambda: trainer.refine(batches, count, 0.0, {}))
     trainer.forget()
     return seconds / count
 

@@ -42,7 +42,7 @@ def run(out: Path, size: int, rank: int, store: str):
     spans = trainer.stream()
     for step in range(STEPS):
         trainer.take_step(batches, (0, 0, 1, 2, 2)[step], 1 - 0.1 * step)
-        result["norms"].append(trainer.pending.grad_norm.item())
+        result["norms"].append(trainer.pending.grad_norm())
         trainer.settle()
         result["tokens"].append(np.concatenate([spans.next()[0] for _ in range(trainer.accumulate)]))
     batches.close()

@@ -250,6 +250,13 @@ def test_what_a_budget_pays_for_is_rehearsed_before_it(tmp_path, small, monkeypa
     assert not run.log.lines, "a rehearsal is not a run"
 
 
+def test_training_keeps_half_of_a_budget_that_the_rehearsal_would_fill(tmp_path, small):
+    """As on a machine that other programs slowed down while the reserve was measured."""
+    c = toy.config(INQ_STEPS=1000, INQ_GROUPS=3, MAX_WALLCLOCK_SECONDS=2, WARMUP_STEPS=1)
+    run = toy.run(c, tmp_path)
+    assert tg.warm_up(run, tg.Trainer(run, toy.model(c), SHARDS), tg.Inputs(SHARDS, None, [])) == 1
+
+
 def test_exported_weights_keep_nothing_of_autograd_alive(tmp_path):
     """A parameter's AccumulateGrad node that outlives a backward pass breaks the capture of the micro-step's graph."""
     trainer, _, _ = trained(tmp_path)

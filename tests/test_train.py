@@ -226,7 +226,7 @@ def test_gradients_accumulate_to_the_mean_over_micro_steps(tmp_path):
     batches.close()
     for a, b in zip(seen["grads"], sums):
         assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9        # float32 sums
-    assert t.pending.loss.item() == pytest.approx(np.mean(losses), rel=1e-6)
+    assert t.pending.loss() == pytest.approx(np.mean(losses), rel=1e-6)
 
 
 def test_average_follows_its_formula(tmp_path):
