@@ -241,7 +241,7 @@ class Config:
     ttt_graphs: bool = knob(True, "CUDA graphs of the cached protocol's and the global phases' forward and backward")
     asym_logit_rescale: bool = knob(False, "softcaps of positive and negative logits, trained in the global phases (PR 1923)")
     global_ttt_optimizer: str = knob("muon", "training's optimizers at a low rate, or SGD (published)", choices=("muon", "sgd"))
-    global_ttt_lr_mul: float = knob(0.04, "global Muon (momentum: MUON_MOMENTUM_WARMUP_START) and AdamW: share of rates", at_least=0)
+    global_ttt_lr_mul: float = knob(0.02, "global Muon (momentum: MUON_MOMENTUM_WARMUP_START) and AdamW: share of rates", at_least=0)
     global_ttt_lr: float = knob(0.001, "global SGD", at_least=0)
     global_ttt_momentum: float = knob(0.9, "global SGD", at_least=0, at_most=1)
     global_ttt_grad_clip: float = knob(1.0, "global SGD", at_least=0)
