@@ -1,20 +1,16 @@
-"""Experiment: the global phases of test-time training with other optimizers, without adapters. python sweep12.py ARTIFACT "VARIANTS" """
+"""Experiment: the global phases of test-time training with other optimizers, without adapters. python sweep12.py ARTIFACT "VARIANTS"
+
+VARIANTS as for sweep3.py: load('val','FOLDER');go('val','none');go('val','muon',0.03,6,65536,65536,False,False)
+"""
 
 import math
-import os
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
+
 import numpy as np
+import sweep3
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as t
-
-
-def log(*a):
-    print(*a, flush=True)
+from sweep3 import log, t
 
 
 class Glob(t.GlobalTrainer):
@@ -54,41 +50,15 @@ class Glob(t.GlobalTrainer):
     done = 0
 
 
-class Exp:
-    def __init__(self, artifact):
-        c, _ = t.load_config(dict(os.environ))
-        self.c = c
-        world, L = t.World(), t.Log(None, quiet=True)
-        t.select_kernels(c)
-        torch._dynamo.config.cache_size_limit = 64
-        torch._dynamo.config.automatic_dynamic_shapes = False
-        att = t.choose_attention(c, world.device)
-        cuda = world.device.type == "cuda"
-        self.run = t.Run(c, world, L, t.Ledger(L, world, 0), Path("/tmp"))
-        self.model = t.GPT(c, world.device, att, cuda)
-        if artifact != "-":
-            t.import_weights(self.model, t.restore(t.read_artifact(Path(artifact), c)), artifact)
-        self.base = [p.detach().clone() for p in self.model.parameters()]
-        self.data = {}
-        self.model.requires_grad_(True)
-
+class Exp(sweep3.Exp):
     def load(self, name, path, limit=0):
-        c = replace(self.c, data_path=path)
-        d = t.load_validation(c, lambda *_: None)
-        if limit:
-            d = t.Validation(d.tokens[:limit], d.byte_counts[:limit])
+        super().load(name, path, limit)
+        d = self.data[name]
         docs = t.find_documents(d.tokens)
-        docs = docs[np.argsort(-docs[:, 1], kind="stable")]
-        self.data[name] = d, docs
-        log(
-            f"{name}: {len(d.tokens)} tokens, {len(docs)} documents, longest 2,500: {docs[:2500, 1].sum() / len(d.tokens):.3f} of the tokens"
-        )
+        self.docs[name] = docs = docs[np.argsort(-docs[:, 1], kind="stable")]
+        log(f"{len(docs)} documents, longest 2,500: {docs[:2500, 1].sum() / len(d.tokens):.3f} of the tokens")
 
-    def score(self, name, documents):
-        d, longest = self.data[name][0], self.c.eval_seq_len
-        w = [(a, min(a + longest, s + n), a) for s, n in documents for a in range(s, s + n, longest)]
-        row = t.plain_row(self.c, d)
-        return t.sum_windows(self.run, self.model, d, t.pack_windows(np.array(w), row), row, t.Segments(None, longest), "x")
+    docs = {}
 
     def cuts(self, docs, how):
         if isinstance(how, list):
@@ -101,14 +71,14 @@ class Exp:
         with torch.no_grad():
             for p, b in zip(self.model.parameters(), self.base):
                 p.copy_(b)
-        d, docs = self.data[name]
+        d, docs = self.data[name], self.docs[name]
         cuts = self.cuts(docs, phases) if kind != "none" else []
         total, parts, last, steps, trained = t.Sums(), [], 0, 0, 0.0
         c = self.c if momentum is None else replace(self.c, muon_momentum_warmup_start=momentum)
         opt = t.Optimizers(self.model, c, self.run.world) if kind == "muon" else None
         g = Glob(self.run, self.model, None)
         for cut in [*cuts, len(docs)]:
-            part = self.score(name, docs[last:cut])
+            part = self.score(d, docs[last:cut])
             total += part
             parts.append(part.bpb)
             if cut < len(docs):
@@ -134,17 +104,5 @@ class Exp:
         del g, opt
 
 
-e = Exp(sys.argv[1])
-deadline = time.time() + float(os.environ.get("EXP_SECONDS", "400"))
-for line in sys.argv[2].split(";"):
-    if time.time() > deadline:
-        log("out of time")
-        break
-    try:
-        exec("e." + line.strip())
-    except Exception as x:
-        import traceback
-
-        traceback.print_exc()
-        log("failed", line, type(x), x)
-log("done")
+if __name__ == "__main__":
+    sweep3.main(Exp)

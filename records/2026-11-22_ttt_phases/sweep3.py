@@ -1,8 +1,12 @@
-"""Experiment: global phases of test-time training as the product has them, without adapters. python sweep3.py ARTIFACT "VARIANTS" """
+"""Experiment: global phases of test-time training as the product has them, without adapters. python sweep3.py ARTIFACT "VARIANTS"
+
+VARIANTS: calls of Exp's methods between semicolons, as load('val','FOLDER');go('val',phased_ttt_num_phases=0);go('val',global_ttt_lr_mul=0.04)
+"""
 
 import os
 import sys
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
@@ -10,7 +14,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt as t
-
 
 
 def log(*a):
@@ -80,17 +83,20 @@ class Exp:
         del trainer
 
 
-e = Exp(sys.argv[1])
-deadline = time.time() + float(os.environ.get("EXP_SECONDS", "400"))
-for line in sys.argv[2].split(";"):
-    if time.time() > deadline:
-        log("out of time")
-        break
-    try:
-        exec("e." + line.strip())
-    except Exception as x:
-        import traceback
+def main(experiment):
+    e = experiment(sys.argv[1])
+    deadline = time.time() + float(os.environ.get("EXP_SECONDS", "400"))
+    for line in sys.argv[2].split(";"):
+        if time.time() > deadline:
+            log("out of time")
+            break
+        try:
+            exec("e." + line.strip(), {"e": e})
+        except Exception as x:
+            traceback.print_exc()
+            log("failed", line, type(x), x)
+    log("done")
 
-        traceback.print_exc()
-        log("failed", line, type(x), x)
-log("done")
+
+if __name__ == "__main__":
+    main(Exp)
