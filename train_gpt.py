@@ -239,9 +239,10 @@ class Config:
     ttt_head_lora: bool = knob(True, "adapter on the head")
     ttt_compile: bool = knob(False, "published: torch.compile while adapting (on CUDA)")
     ttt_graphs: bool = knob(True, "CUDA graphs of the cached protocol's and the global phases' forward and backward")
+    ngram_tilt_enabled: bool = knob(True, "test-time training: tilt towards what followed the last tokens in text scored before")
     asym_logit_rescale: bool = knob(False, "softcaps of positive and negative logits, trained in the global phases (PR 1923)")
     global_ttt_optimizer: str = knob("muon", "training's optimizers at a low rate, or SGD (published)", choices=("muon", "sgd"))
-    global_ttt_lr_mul: float = knob(0.02, "global Muon (momentum: MUON_MOMENTUM_WARMUP_START) and AdamW: share of rates", at_least=0)
+    global_ttt_lr_mul: float = knob(0.04, "global Muon (momentum: MUON_MOMENTUM_WARMUP_START) and AdamW: share of rates", at_least=0)
     global_ttt_lr: float = knob(0.001, "global SGD", at_least=0)
     global_ttt_momentum: float = knob(0.9, "global SGD", at_least=0, at_most=1)
     global_ttt_grad_clip: float = knob(1.0, "global SGD", at_least=0)
@@ -2491,17 +2492,25 @@ def embed(ids_BT: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor |
 
 
 def head_losses(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, cap: float, adapter: LoRA | None = None, tap=None,
-                caps: Tensor | None = None) -> Tensor:
-    """Cross-entropy in nats of every position, float32 [B, T]. caps: of positive and negative logits (PR 1923)."""
+                caps: Tensor | None = None, hints_BT: Tensor | None = None) -> Tensor:
+    """Cross-entropy in nats of every position, float32 [B, T]. caps: of positive and negative logits (PR 1923).
+
+    hints_BT: other tokens; then [2, B, T], the second of these, without gradient.
+    """
     n = norm(x_BTD)
     if tap:
         tap("head", n)
     logits = linear(n, weight_VD, adapter)
-    if caps is not None:
-        z = logits.float()
-        z = torch.where(z > 0, caps[0] * torch.tanh(z / caps[0]), caps[1] * torch.tanh(z / caps[1]))
-        return F.cross_entropy(z.flatten(0, 1), targets_BT.flatten(), reduction="none").view(targets_BT.shape)
-    return softcap_ce(logits.flatten(0, 1), targets_BT.flatten(), cap).view(targets_BT.shape)
+    above, below = (cap, cap) if caps is None else caps
+    capped = lambda z: torch.where(z > 0, above * torch.tanh(z / above), below * torch.tanh(z / below))
+    if caps is None:
+        losses = softcap_ce(logits.flatten(0, 1), targets_BT.flatten(), cap).view(targets_BT.shape)
+    else:
+        losses = F.cross_entropy(capped(logits.float()).flatten(0, 1), targets_BT.flatten(), reduction="none").view(targets_BT.shape)
+    if hints_BT is None:
+        return losses
+    target, hint = capped(logits.detach().gather(2, torch.stack((targets_BT, hints_BT), 2)).float()).unbind(2)
+    return torch.stack((losses, (losses + target - hint).detach()))
 
 
 def adapters_of(adapters: Adapters | None) -> list[LoRA]:
@@ -2634,10 +2643,10 @@ class GPT(nn.Module):
         return self.compiled and not tap and not (adapters and len(ids_BT) == 1)
 
     def losses(self, ids_BT: Tensor, targets_BC: Tensor, segments=None, loops=None, adapters=None, tap=None, cache=None,
-               at_BC: Tensor | None = None) -> Tensor:
+               at_BC: Tensor | None = None, hints_BC: Tensor | None = None) -> Tensor:
         """Cross-entropy in nats of every target, float32 [B, C]: of the last C positions, or of those that at_BC names.
 
-        Other arguments as forward's.
+        hints_BC: see head_losses. Other arguments as forward's.
         """
         x = self(ids_BT, segments, loops, adapters, tap, cache)
         x = x[:, -targets_BC.shape[1]:] if at_BC is None else x.gather(1, at_BC[..., None].expand(-1, -1, x.shape[2]))
@@ -2645,8 +2654,8 @@ class GPT(nn.Module):
         run = self.head_losses if self.runs_compiled(ids_BT, adapters, tap) else head_losses
         head, caps = (adapters.head, adapters.caps) if adapters else (None, None)
         if self.compiled and adapters:
-            mark_flexible(x, targets_BC)
-        return run(x, weight, targets_BC, self.config.logit_softcap, head, tap, caps)
+            mark_flexible(x, targets_BC, hints_BC)
+        return run(x, weight, targets_BC, self.config.logit_softcap, head, tap, caps, hints_BC)
 
 
 class KeyValueCache:
@@ -4676,6 +4685,7 @@ class Sums(NamedTuple):
     nats: float = 0.0
     tokens: int = 0
     bytes: int = 0
+    saved: float = 0.0          # nats that the n-gram tilt has taken off
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(a + b for a, b in zip(self, other)))
@@ -4721,7 +4731,7 @@ def sum_over_ranks(run: Run, data: Validation, mine: Sums, name: str) -> Sums:
     run.log(f"val_tokens scored:{total[1]:.0f} total:{n} stage:{name}")
     if total[1] != n:
         raise RuntimeError(f"{name}: {total[1]:.0f} of {n} validation tokens scored")
-    return Sums(total[0], int(total[1]), int(total[2]))
+    return Sums(total[0], int(total[1]), int(total[2]), total[3])
 
 
 def score_windows(run: Run, model: GPT, data: Validation, windows: np.ndarray, row: int, longest: int, name: str,
@@ -4761,6 +4771,115 @@ def log_score(run: Run, label: str, score: Score):
 # ======================================================================================================================
 # ADAPT: phased test-time training; every token is scored before anything has learnt from it
 # ======================================================================================================================
+
+
+HINT_ORDERS = (2, 3, 4, 5, 6, 8, 12, 16)
+HINT_KINDS = 6 * len(HINT_ORDERS)
+
+
+class Hints(NamedTuple):
+    """For every token of a text what followed the longest match of the tokens before it, and of which kind that match is."""
+    tokens: Tensor          # int64 [N]
+    kinds: Tensor           # int64 [N], below HINT_KINDS; -1: no match
+
+
+def find_hints(tokens: np.ndarray, documents: np.ndarray, parts: np.ndarray, device: torch.device) -> Hints:
+    """The hint at a token is what followed the last HINT_ORDERS tokens of its document where these stood last: earlier in the
+    same document, or else in documents of earlier parts; of the longest order that has stood anywhere.
+
+    documents [D, 2] as of find_documents, in the order of reading; parts [D] never falls. Kind: the order; was it the same
+    document; did that place have a hint of this order itself, and did it come true.
+    """
+    at = torch.from_numpy(np.concatenate([np.arange(a, a + size) for a, size in documents])).to(device)
+    text = torch.from_numpy(tokens.astype(np.int64)).to(device)
+    ids, following, n = text[at], text[at + 1], len(at)
+    document = torch.repeat_interleave(torch.from_numpy(documents[:, 1]).to(device))
+    part, index = torch.from_numpy(parts).to(device)[document], torch.arange(n, device=device)
+    starts = F.pad(document[1:] != document[:-1], (1, 0), value=True)
+    place = index - torch.where(starts, index, 0).cummax(0).values
+    hint, kind = torch.zeros_like(ids), torch.full_like(ids, -1)
+    key, power, reach = torch.zeros_like(ids), 1, 0
+    for level, order in enumerate(HINT_ORDERS):
+        for reach in range(reach, order):               # a polynomial of the last tokens, modulo 2^64
+            key[reach:] += ids[: max(n - reach, 0)] * (power - (power >> 63 << 64))
+            power = power * 0x9E3779B97F4A7C15 % 2 ** 64
+        reach = order
+        by_key = (place >= order - 1).nonzero().flatten()
+        if not len(by_key):                             # no document is so long
+            break
+        by_key = by_key[key[by_key].sort(stable=True).indices]
+        changes = lambda t: F.pad(t[by_key][1:] != t[by_key][:-1], (1, 0), value=True)
+        new_key, i = changes(key), index[: len(by_key)]
+        first = torch.where(new_key | changes(part), i, 0).cummax(0).values           # of this key in this part
+        before = torch.where(new_key | changes(document), torch.where(new_key[first], -1, first - 1), i - 1)
+        source = torch.full_like(ids, -1)
+        source[by_key] = torch.where(before >= 0, by_key[before], -1)
+        found = (source >= 0).nonzero().flatten()
+        last, again = source[found], source[source[found]]
+        came_true = torch.where(again < 0, 0, 1 + (following[again] == following[last]).long())
+        hint[found], kind[found] = following[last], 6 * level + 3 * (document[last] == document[found]).long() + came_true
+    out = Hints(torch.zeros_like(text), torch.full_like(text, -1))
+    out.tokens[at + 1], out.kinds[at + 1] = hint, kind
+    return out
+
+
+class Tilt:
+    """Mends the probabilities of hints by what came of such hints in earlier phases (a learnt n-gram tilt: PR 1514, 2135; match
+    model and SSE of PAQ, Mahoney 2005).
+
+    Where the network gives the hint probability p, with logit z, it gets p' = sigmoid(z + w_kind . (1, z/4, z^2/16)) and every
+    other token its own times (1 - p') / (1 - p): a distribution, whatever w. w is 0 at first; then ridge logistic regression
+    on all hints of earlier phases, which are kept as counts by kind and z.
+    """
+    REACH, BINS = 12.0, 192
+
+    def __init__(self, world: World, device: torch.device):
+        self.world = world
+        self.fresh = torch.zeros(2, HINT_KINDS * self.BINS, dtype=torch.int64, device=device)       # hints, those that came true
+        self.known = torch.zeros(2, HINT_KINDS, self.BINS, dtype=torch.float64)
+        self.weights = torch.zeros(HINT_KINDS, 3, dtype=torch.float64)
+
+    @staticmethod
+    def features(z: Tensor) -> Tensor:
+        return torch.stack((torch.ones_like(z), z / 4, z * z / 16), -1)
+
+    def __call__(self, losses: Tensor, hint_losses: Tensor, kinds: Tensor, hits: Tensor) -> Tensor:
+        """The network's losses of targets and of their hints in nats, float64; hits: is the hint the target; all [n]. Returns losses
+        of targets; those without hint (kind -1) as they are. What came of the hints is kept for `learn`."""
+        some = (kinds >= 0).nonzero().flatten()
+        kinds, hits, out = kinds[some], hits[some], losses.clone()
+        surprise = hint_losses[some].clamp(min=1e-7)
+        z = -surprise.expm1().log()
+        near = z.clamp(-self.REACH, self.REACH)
+        bins = kinds * self.BINS + ((near / self.REACH + 1) / 2 * self.BINS).long().clamp(max=self.BINS - 1)
+        for row, chosen in zip(self.fresh, (bins, bins[hits])):
+            row += torch.bincount(chosen, minlength=len(row))
+        tilted = z + (self.features(near) * self.weights.to(z.device)[kinds]).sum(1)
+        others = out[some] + (-(-surprise).expm1()).log() - F.logsigmoid(-tilted)
+        out[some] = torch.where(hits, -F.logsigmoid(tilted), others)
+        return out
+
+    def learn(self):
+        """After a phase, by all ranks together: Newton's method, each kind by itself."""
+        self.known += self.world.sum(self.fresh).cpu().view(self.known.shape)
+        self.fresh.zero_()
+        z = (torch.arange(self.BINS, dtype=torch.float64) + 0.5) * (2 * self.REACH / self.BINS) - self.REACH
+        x, (hints, true) = self.features(z), self.known
+
+        def look(w: Tensor) -> tuple[Tensor, Tensor]:
+            """Regularised nats of each kind, and Newton's step."""
+            logits = z + w @ x.T
+            q = logits.sigmoid()
+            curvature = torch.einsum("kb,bi,bj->kij", hints * q * (1 - q), x, x) + torch.eye(3, dtype=torch.float64)
+            nats = (hints * F.softplus(logits) - true * logits).sum(1) + w.square().sum(1) / 2
+            return nats, torch.linalg.solve(curvature, (hints * q - true) @ x + w)
+
+        nats, step = look(self.weights)
+        for _ in range(20):
+            trial, (now, then) = self.weights - step, look(self.weights - step)
+            better = now < nats
+            self.weights, nats = torch.where(better[:, None], trial, self.weights), torch.where(better, now, nats)
+            step = torch.where(better[:, None], then, step / 4)
 
 
 def score_first(chunks, score: Callable, adapt: Callable):
@@ -4934,6 +5053,7 @@ class Reader:
         while self.ladder[-1] > 1:
             self.ladder.append(-(-self.ladder[-1] // 2))
         self.ids = torch.zeros(rows, longest + c.ttt_chunk_size + 1, dtype=torch.int64, device=device)   # column 0: before the first
+        self.hints = torch.zeros_like(self.ids) if c.ngram_tilt_enabled else None
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.cache = self.graphs = None
         if c.ttt_protocol == "cached":
@@ -4944,11 +5064,14 @@ class Reader:
         """The fewest rows of the ladder that hold so many documents."""
         return min(rows for rows in self.ladder if rows >= documents)
 
-    def begin(self, batch: DocumentBatch, tokens: np.ndarray):
+    def begin(self, batch: DocumentBatch, tokens: np.ndarray, hints: Tensor | None = None):
+        """hints [N]: a token beside every one of tokens [N]."""
         self.chunk, self.sizes, self.documents = batch.chunk, batch.documents[:, 1], len(batch.documents)
         at = np.minimum(batch.documents[:, :1] + np.arange(len(self.chunks()) * self.chunk + 1),
                         batch.documents.sum(1, keepdims=True))
         self.ids[: self.documents, 1: at.shape[1] + 1] = torch.from_numpy(tokens[at].astype(np.int64))
+        if hints is not None:
+            self.hints[: self.documents, 1: at.shape[1] + 1] = hints[torch.from_numpy(at).to(hints.device)]
         self.lengths.zero_()[: self.documents] = torch.from_numpy(self.sizes.astype(np.int64))
         self.adapters.begin(self.rung(self.documents))
         if self.cache:
@@ -4958,13 +5081,14 @@ class Reader:
         return range(-(-int(self.sizes[0]) // self.chunk))
 
     def score(self, chunk: int) -> Tensor:
-        """Losses [documents, chunk length] in nats, 0 where a document has ended; those that ended for good may be gone."""
+        """Losses [1, documents, chunk length] in nats, 0 where a document has ended; those that ended for good may be gone.
+        With NGRAM_TILT_ENABLED [2, …]: those of hints too."""
         first = chunk * self.chunk
         rows = self.adapters.rows = self.rung(int((self.sizes > first).sum()))
         self.teaches = bool(self.adapters.shapes) and bool((self.sizes > first + self.chunk).any())
         losses = self.forward(chunk)
         ended = first + torch.arange(self.chunk, device=self.ids.device) >= self.lengths[:rows, None]
-        return losses.masked_fill(ended, 0.0)[: self.documents]
+        return losses.masked_fill(ended, 0.0)[:, : self.documents]
 
     def adapt(self, chunk: int):
         """Update the adapters of the documents that go on with the mean loss of the chunk just banked."""
@@ -4989,9 +5113,10 @@ class Reader:
     def read_live(self, live: int) -> Tensor:
         """So many positions from the cache's on. Which these are only the device knows: a CUDA graph serves all chunks."""
         rows = self.adapters.rows
-        ids = self.ids[:rows, self.cache.positions(live + 2)]           # the token before, these, the last one's target
+        at = self.cache.positions(live + 2)                             # the token before, these, the last one's target
+        ids, targets = self.ids[:rows, at[:-1]], at[-self.chunk:]
         goes_on = self.lengths[:rows] > self.cache.position + live
-        return self.read(slice(rows), ids[:, :-1], ids[:, -self.chunk:], goes_on, cache=self.cache)
+        return self.read(slice(rows), ids, targets, goes_on, cache=self.cache)
 
     def read_windows(self, first: int, last: int) -> Tensor:
         """Positions [first, last) with the whole window before them. Rows do not touch each other: some of them at a time."""
@@ -5004,15 +5129,19 @@ class Reader:
         at = (torch.arange(first, last, device=device) - starts).clamp(0, width - 1)
         parts = -(-rows // max(self.c.ttt_micro_tokens // width, 1))
         some = [slice(rows * i // parts, rows * (i + 1) // parts) for i in range(parts)]
-        return torch.cat([self.read(s, ids[s], tokens[s, first + 1: last + 1], lengths[s] > last, at_BC=at[s]) for s in some])
+        targets = torch.arange(first + 2, last + 2, device=device)
+        return torch.cat([self.read(s, ids[s], targets, lengths[s] > last, at_BC=at[s]) for s in some], 1)
 
-    def read(self, rows: slice, ids: Tensor, targets: Tensor, goes_on: Tensor, **where) -> Tensor:
-        """Losses of some rows, detached; takes the gradient of the mean loss of each document that goes on."""
+    def read(self, rows: slice, ids: Tensor, columns: Tensor, goes_on: Tensor, **where) -> Tensor:
+        """Losses of the targets in some columns and rows of self.ids [1 or 2, rows, columns], detached; takes the gradient of the mean
+        loss of each document that goes on."""
+        hints = None if self.hints is None else self.hints[rows, columns]
         with torch.set_grad_enabled(self.teaches or self.model.compiled):       # compiled: the same graphs for last chunks
             adapters = self.adapters.build(rows, self.caps)
-            losses = self.model.losses(ids, targets, adapters=adapters, **where)
+            losses = self.model.losses(ids, self.ids[rows, columns], adapters=adapters, hints_BC=hints, **where)
+            losses = losses[None] if hints is None else losses
         if self.teaches:
-            self.adapters.take_gradient(rows, adapters, losses, (goes_on / losses.shape[1])[:, None].expand_as(losses))
+            self.adapters.take_gradient(rows, adapters, losses[0], (goes_on / losses.shape[2])[:, None].expand_as(losses[0]))
         return losses.detach()
 
 
@@ -5191,15 +5320,25 @@ class Adaptation:
         model.requires_grad_(False)
         self.caps = torch.full((2,), c.logit_softcap, device=run.world.device, requires_grad=True) if c.asym_logit_rescale else None
         self.global_trainer = GlobalTrainer(run, model, self.caps)
+        self.tilt = Tilt(run.world, run.world.device) if c.ngram_tilt_enabled else None
+        self.hints = None
         self.reader = Reader(model, self.rows, max(int(b.documents[0, 1]) for b in self.batches), self.caps, run.log)
         self.mark = torch.cuda.Event() if run.world.device.type == "cuda" else None
         self.mine, self.plain, self.adapting, self.read, self.current = Sums(), [], True, 0, 0
 
-    def sums(self, documents: np.ndarray, scored: np.ndarray, nats: np.ndarray) -> Sums:
-        """Of the first `scored` targets of each document."""
-        counts = self.data.byte_counts
-        size = sum(int(counts[a + 1: a + 1 + n].sum()) for a, n in zip(documents[:, 0], scored))
-        return Sums(float(nats.sum()), int(scored.sum()), size)
+    def sums(self, documents: np.ndarray, scored: np.ndarray, losses: Tensor) -> Sums:
+        """Of the first `scored` targets of each document; losses [1 or 2, documents, targets]: without and with those of hints."""
+        places = np.concatenate([np.arange(a + 1, a + 1 + n) for a, n in zip(documents[:, 0], scored)])
+        done = torch.arange(losses.shape[2], device=losses.device) < torch.from_numpy(scored).to(losses.device)[:, None]
+        losses = losses[:, done].double()
+        nats = losses[0]
+        if self.tilt:
+            at = torch.from_numpy(places).to(losses.device)
+            hits = self.hints.tokens[at] == torch.from_numpy(self.data.tokens[places].astype(np.int64)).to(at.device)
+            nats = self.tilt(*losses, self.hints.kinds[at], hits)
+        if self.bank:
+            self.bank(places, nats)
+        return Sums(nats.sum().item(), len(places), int(self.data.byte_counts[places].sum()), (losses[0] - nats).sum().item())
 
     def leave_plain(self, documents: np.ndarray, scored: np.ndarray):
         """Have the rest of these documents scored without adapters, before the phase ends."""
@@ -5224,26 +5363,23 @@ class Adaptation:
     def read_batch(self, batch: DocumentBatch, stop: Callable[[int], bool]) -> Sums:
         """Score first, then adapt, chunk by chunk; stop(tokens scored in this batch) breaks off after a chunk."""
         reader = self.reader
-        reader.begin(batch, self.data.tokens)
-        nats = torch.zeros(len(batch.documents), dtype=torch.float64, device=self.run.world.device)
+        reader.begin(batch, self.data.tokens, self.hints and self.hints.tokens)
+        banked = torch.zeros(1 + bool(self.tilt), len(batch.documents), len(reader.chunks()) * batch.chunk, device=self.run.world.device)
         sizes, scored = batch.documents[:, 1], np.zeros(len(batch.documents), np.int64)
         with compiling(self.model, self.c.ttt_compile and not reader.cache):
             for chunk, losses in zip(reader.chunks(), score_first(reader.chunks(), reader.score, reader.adapt)):
-                nats[: len(losses)] += losses.double().sum(1)
+                banked[:, : losses.shape[1], chunk * batch.chunk: (chunk + 1) * batch.chunk] = losses
                 scored = np.minimum(sizes, (chunk + 1) * batch.chunk)
-                if self.bank:
-                    self.bank(batch, chunk, losses)
                 if stop(int(scored.sum())):
                     break
         reader.adapters.keep(reader.documents)
-        nats = nats.cpu().numpy()
-        wrong = ~np.isfinite(nats)
+        wrong = ~banked.isfinite().all(2).all(0).cpu().numpy()
         for start, size in batch.documents[wrong]:
             self.run.log(f"ttt_non_finite: document at token {start} ({size} tokens) is scored without adapters")
-        scored[wrong], nats[wrong] = 0, 0.0
+        scored[wrong] = 0
         if not self.signals.received:
             self.leave_plain(batch.documents, scored)
-        return self.sums(batch.documents, scored, nats)
+        return self.sums(batch.documents, scored, banked)
 
     def stop(self, scored: int) -> bool:
         """Asked after every chunk: a signal, or just enough time left to score the rest of the data plainly?"""
@@ -5270,16 +5406,25 @@ class Adaptation:
         self.signals, self.crew = Signals(), Crew(world)
         self.progress = Progress(run.log, self.name, len(self.data.tokens) - 1)
         self.warm_up()
+        if self.tilt:
+            parts = np.repeat(np.arange(len(self.phases)), [sum(len(b.documents) for b in self.batches[p.first: p.last]) for p in self.phases])
+            self.hints = find_hints(self.data.tokens, documents, parts, world.device)
+            run.log(f"ngram_tilt: hints:{(self.hints.kinds >= 0).sum().item()} tokens:{len(self.data.tokens) - 1} "
+                    f"t:{time.perf_counter() - start:.1f}s")
         try:
             for number, phase in enumerate(self.phases):
                 self.read_phase(number, phase)
                 self.crew.meet(f"phase {number}")
                 self.finish_if_signalled()
+                if self.tilt:
+                    self.tilt.learn()
                 if phase.documents:
                     done, seconds = sum(len(b.documents) for b in self.batches[: phase.last]), time.perf_counter() - start
                     run.log(f"ttpp: phase:{number + 1}/{len(boundaries)} pd:{done} gd:{phase.documents} t:{seconds:.1f}s")
                     self.train_globally(documents[: phase.documents], self.batches[phase.last:])
             total = sum_over_ranks(run, self.data, self.mine, self.name)
+            if self.tilt:
+                run.log(f"ngram_tilt: saved:{1000 * total.saved / math.log(2) / total.bytes:.3f} of 0.001 bpb")
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -5380,7 +5525,7 @@ def evaluate_adapted(run: Run, model: GPT, data: Validation, name: str, began: f
     """Test-time training over the validation documents; changes the model's weights in its global phases.
 
     began: perf_counter at the start of the evaluation budget. plain_rate: tokens a second of one rank without
-    adapters. bank(batch, chunk, losses): called with every chunk's banked losses.
+    adapters. bank(places, nats): called with the targets' places in the text and their losses, document batch by document batch.
     """
     with keeping_flags(model):
         return Adaptation(run, model, data, name, began, plain_rate, bank).score()

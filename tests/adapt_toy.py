@@ -56,25 +56,27 @@ def setting(device="cpu", **changes) -> tuple[tg.Run, tg.GPT]:
 
 def documents(sizes=SIZES, seed=0) -> tg.Validation:
     r = np.random.default_rng(seed)
-    tokens = np.concatenate([np.r_[tg.BOS, r.integers(2, 64, size - 1)] for size in sizes]).astype(np.uint16)
+    phrases, texts = r.integers(2, 64, (3, 7)), []
+    for size in sizes:
+        text = np.r_[tg.BOS, r.integers(2, 64, size - 1)]
+        for at in range(3, size - 7, 15):           # what n-gram hints live on
+            text[at: at + 7] = phrases[r.integers(3)]
+        texts.append(text)
+    tokens = np.concatenate(texts).astype(np.uint16)
     return tg.Validation(tokens, np.where(tokens == tg.BOS, 0, r.integers(1, 5, len(tokens))))
 
 
 def adapt(data: tg.Validation, run=None, model=None, plain_rate=1e9, began=None, **changes):
-    """-> score, banked loss of every target (NaN: none), the phase in which each was banked, the log."""
+    """-> score, banked loss of every target (NaN: none), the log."""
     if run is None:
         run, model = setting(**changes)
     banked = np.full(len(data.tokens) - 1, np.nan)
-    when, clock = np.full(len(data.tokens) - 1, -1), [0]
 
-    def bank(batch, chunk, losses):
-        clock[0] += 1
-        for (start, size), row in zip(batch.documents, losses.tolist()):
-            at = np.arange(chunk * batch.chunk, min(size, (chunk + 1) * batch.chunk))
-            assert np.isnan(banked[start + at]).all(), "a token was scored twice"
-            banked[start + at], when[start + at] = row[: len(at)], clock[0]
+    def bank(places, nats):
+        assert np.isnan(banked[places - 1]).all(), "a token was scored twice"
+        banked[places - 1] = nats.cpu()
     score = tg.evaluate_adapted(run, model, data, "quantized_ttt_phased", began or time.perf_counter(), plain_rate, bank)
-    return score, banked, when, run.log.lines
+    return score, banked, run.log.lines
 
 
 def worker():
@@ -86,15 +88,17 @@ def worker():
         run, model = setting(**task["settings"])
         run = run._replace(world=world, log=log, ledger=tg.Ledger(log, world, 0))
 
-        def bank(batch, chunk, losses):
+        def adapt(reader, chunk, adapt=tg.Reader.adapt):
             time.sleep(task.get("pause", 0))            # noqa: B023
             print("BANKED", flush=True)
             if task.get("kill") == world.rank and chunk == 1:       # noqa: B023
                 os.kill(os.getpid(), signal.SIGKILL if task.get("how") != "stop" else signal.SIGSTOP)       # noqa: B023
+            adapt(reader, chunk)
+        tg.Reader.adapt, before = adapt, tg.Reader.adapt
         try:
             if task.get("rehearse"):
                 tg.rehearse_adaptation(run, model, documents(task["sizes"]))
-            score = tg.evaluate_adapted(run, model, documents(task["sizes"]), "quantized_ttt_phased", time.perf_counter(), 1e9, bank)
+            score = tg.evaluate_adapted(run, model, documents(task["sizes"]), "quantized_ttt_phased", time.perf_counter(), 1e9)
             weights = float(sum(p.detach().double().sum() for p in model.parameters()))
             print("SCORE", json.dumps([score.loss, score.bpb, score.tokens, weights]), flush=True)
         except tg.UserError as e:
@@ -102,6 +106,8 @@ def worker():
             os._exit(e.code)
         except RuntimeError as e:
             world.life.explain(e)
+        finally:
+            tg.Reader.adapt = before
     world.close()
 
 
