@@ -4783,6 +4783,20 @@ class Hints(NamedTuple):
     kinds: Tensor           # int64 [N], below HINT_KINDS; -1: no match
 
 
+def last_matches(key: Tensor, usable: Tensor, document: Tensor, part: Tensor) -> Tensor:
+    """Where each place's key stood last: earlier in its document, or else in an earlier part; -1: nowhere. All [n]; places are in the
+    order of reading; those that are not usable find nothing and are not found."""
+    by_key = usable.nonzero().flatten()
+    by_key = by_key[key[by_key].sort(stable=True).indices]
+    changes = lambda t: t[by_key] != F.pad(t[by_key], (1, 0), value=-1)[:-1]
+    new_key, i = changes(key), torch.arange(len(by_key), device=key.device)
+    first = torch.where(new_key | changes(part), i, 0).cummax(0).values           # of this key in this part
+    before = torch.where(new_key | changes(document), torch.where(new_key[first], -1, first - 1), i - 1)
+    source = torch.full_like(key, -1)
+    source[by_key] = torch.where(before >= 0, by_key[before], -1)
+    return source
+
+
 def find_hints(tokens: np.ndarray, documents: np.ndarray, parts: np.ndarray, device: torch.device) -> Hints:
     """The hint at a token is what followed the last HINT_ORDERS tokens of its document where these stood last: earlier in the
     same document, or else in documents of earlier parts; of the longest order that has stood anywhere.
@@ -4792,28 +4806,16 @@ def find_hints(tokens: np.ndarray, documents: np.ndarray, parts: np.ndarray, dev
     """
     at = torch.from_numpy(np.concatenate([np.arange(a, a + size) for a, size in documents])).to(device)
     text = torch.from_numpy(tokens.astype(np.int64)).to(device)
-    ids, following, n = text[at], text[at + 1], len(at)
-    document = torch.repeat_interleave(torch.from_numpy(documents[:, 1]).to(device))
-    part, index = torch.from_numpy(parts).to(device)[document], torch.arange(n, device=device)
-    starts = F.pad(document[1:] != document[:-1], (1, 0), value=True)
-    place = index - torch.where(starts, index, 0).cummax(0).values
+    sizes = torch.from_numpy(documents[:, 1]).to(device)
+    ids, following, document = text[at], text[at + 1], torch.repeat_interleave(sizes)
+    part, place = torch.from_numpy(parts).to(device)[document], torch.arange(len(at), device=device) - (sizes.cumsum(0) - sizes)[document]
     hint, kind = torch.zeros_like(ids), torch.full_like(ids, -1)
     key, power, reach = torch.zeros_like(ids), 1, 0
     for level, order in enumerate(HINT_ORDERS):
-        for reach in range(reach, order):               # a polynomial of the last tokens, modulo 2^64
-            key[reach:] += ids[: max(n - reach, 0)] * (power - (power >> 63 << 64))
-            power = power * 0x9E3779B97F4A7C15 % 2 ** 64
-        reach = order
-        by_key = (place >= order - 1).nonzero().flatten()
-        if not len(by_key):                             # no document is so long
-            break
-        by_key = by_key[key[by_key].sort(stable=True).indices]
-        changes = lambda t: F.pad(t[by_key][1:] != t[by_key][:-1], (1, 0), value=True)
-        new_key, i = changes(key), index[: len(by_key)]
-        first = torch.where(new_key | changes(part), i, 0).cummax(0).values           # of this key in this part
-        before = torch.where(new_key | changes(document), torch.where(new_key[first], -1, first - 1), i - 1)
-        source = torch.full_like(ids, -1)
-        source[by_key] = torch.where(before >= 0, by_key[before], -1)
+        while reach < order:                            # a polynomial of the last tokens, modulo 2^64
+            key[reach:] += ids[: max(len(ids) - reach, 0)] * (power - (power >> 63 << 64))
+            power, reach = power * 0x9E3779B97F4A7C15 % 2 ** 64, reach + 1
+        source = last_matches(key, place >= order - 1, document, part)
         found = (source >= 0).nonzero().flatten()
         last, again = source[found], source[source[found]]
         came_true = torch.where(again < 0, 0, 1 + (following[again] == following[last]).long())
@@ -5407,7 +5409,8 @@ class Adaptation:
         self.progress = Progress(run.log, self.name, len(self.data.tokens) - 1)
         self.warm_up()
         if self.tilt:
-            parts = np.repeat(np.arange(len(self.phases)), [sum(len(b.documents) for b in self.batches[p.first: p.last]) for p in self.phases])
+            phase_of_batch = np.repeat(np.arange(len(self.phases)), [p.last - p.first for p in self.phases])
+            parts = np.repeat(phase_of_batch, [len(b.documents) for b in self.batches])
             self.hints = find_hints(self.data.tokens, documents, parts, world.device)
             run.log(f"ngram_tilt: hints:{(self.hints.kinds >= 0).sum().item()} tokens:{len(self.data.tokens) - 1} "
                     f"t:{time.perf_counter() - start:.1f}s")

@@ -89,7 +89,7 @@ class Bench:
 
     def configure(self, **settings) -> tg.Config:
         fixed = {"TTT_ENABLED": 1, "EVAL_TIME_LIMIT": 0, "TTT_LORA_RANK": self.a.rank, "PHASED_TTT_ENABLED": int(self.a.phases > 0),
-                 "PHASED_TTT_NUM_PHASES": self.a.phases}
+                 "PHASED_TTT_NUM_PHASES": self.a.phases, "NGRAM_TILT_ENABLED": 0}
         lanes = {} if self.a.artifact else {"PARALLEL_START_LAYER": "8"}
         return tg.load_config({**lanes, **os.environ, **{k: str(v) for k, v in {**fixed, **settings}.items()}})[0]
 
