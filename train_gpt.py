@@ -183,6 +183,7 @@ class Config:
     inq_steps: int = knob(4, "training steps between groups of matrices that are quantised in turn; 0: all at once", at_least=0)
     inq_groups: int = knob(8, "such groups", at_least=2)
     inq_lr: float = knob(0.01, "learning-rate multiplier of these steps, falling to 0 in each group", above=0)
+    inq_reread: bool = knob(False, "such steps also on text that training has read: they then serve what was memorised")
     small_mantissa_bits: int = knob(7, "mantissa bits kept of the tensors stored as float16 (10: all)", at_least=2, at_most=10)
     mixed_precision_hessian: bool = knob(False, "bits by Hessian sensitivity (PR 1962: a negative result)")
     mixed_precision_bits_low: int = knob(5, "bits of the least sensitive", at_least=2, at_most=8)
@@ -5789,7 +5790,10 @@ def compress(run: Run, trainer: Trainer, weights: dict[str, Tensor], inputs: Inp
     code_bytes = int(run.world.broadcast(torch.tensor([float(len(code))], dtype=torch.float64)).item())
     quantizer = calibrate(run, trainer.model, weights, inputs.shards, c.gptq_calibration_batches, c.fisher_batches)
     packed = fit_bytes(run, quantizer, code_bytes)
-    if c.inq_steps:
+    wanted, new = c.inq_steps * (c.inq_groups - 1) * c.train_batch_tokens, max(sum(map(len, inputs.shards)) - trainer.cursor, 0)
+    if wanted > new and not c.inq_reread:
+        log(f"inq: none: it wants {wanted} tokens that training has not read, of which there are {new} (INQ_REREAD=1: others too)")
+    elif wanted:
         try:
             quantize_in_turn(run, trainer, quantizer, packed.at, CLOSING_PASSES * packed.seconds)
             packed = fit_bytes(run, quantizer, code_bytes, packed.at)

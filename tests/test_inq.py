@@ -269,7 +269,7 @@ def test_exported_weights_keep_nothing_of_autograd_alive(tmp_path):
 @pytest.mark.parametrize("settings", [{}, dict(MAX_WALLCLOCK_SECONDS=1000, WARMUP_STEPS=1)])
 def test_a_network_too_small_to_be_quantised_has_no_turns(tmp_path, monkeypatch, settings):
     """There are no groups to train between."""
-    c = toy.config(INQ_STEPS=2, **settings)
+    c = toy.config(INQ_STEPS=2, INQ_REREAD=1, **settings)
     run, inputs = toy.run(c, tmp_path), tg.Inputs(SHARDS, None, [])
     monkeypatch.setattr(tg, "shipped_script", lambda: b"#" * 1000)
     trainer = tg.Trainer(run, toy.model(c), SHARDS)
@@ -277,3 +277,22 @@ def test_a_network_too_small_to_be_quantised_has_no_turns(tmp_path, monkeypatch,
     coded = tg.read_artifact(tg.compress(run, trainer, exported(trainer), inputs), c)
     assert coded.keys() == exported(trainer).keys()
     assert not [line for line in run.log.lines if line.startswith("inq: ")]
+
+
+@pytest.mark.parametrize("cursor, settings, turns", [(0, {}, 2), (400, {}, 0), (10 ** 6, {}, 0), (10 ** 6, {"INQ_REREAD": 1}, 2)])
+def test_only_text_that_training_has_not_read_is_trained_on(tmp_path, small, monkeypatch, cursor, settings, turns):
+    """On text read before, the steps would teach the network what it has memorised: then all matrices are quantised at once."""
+    text = [toy.row(1000, seed=3)]
+    monkeypatch.setattr(tg, "shipped_script", lambda: b"#" * 1000)
+    coded = []
+    for steps in (3, 0):
+        c = toy.config(INQ_STEPS=steps, INQ_GROUPS=3, INQ_LR=0.3, TRAIN_BATCH_TOKENS=128, **settings)
+        run = toy.run(c, tmp_path)
+        trainer = tg.Trainer(run, toy.model(c), text)
+        trainer.cursor = cursor
+        coded.append(tg.read_artifact(tg.compress(run, trainer, exported(trainer), tg.Inputs(text, None, [])), c))
+        lines = [line for line in run.log.lines if line.startswith("inq: ")]
+        none = f"inq: none: it wants 768 tokens that training has not read, of which there are {max(1000 - cursor, 0)} "
+        assert len(lines) == turns if steps and turns else lines == [none + "(INQ_REREAD=1: others too)"] * bool(steps)
+    same = all(torch.equal(coded[0][name].decode(), coded[1][name].decode()) for name in coded[0])
+    assert same == (turns == 0)
