@@ -5428,7 +5428,8 @@ class Adaptation:
                     self.train_globally(documents[: phase.documents], self.batches[phase.last:])
             total = sum_over_ranks(run, self.data, self.mine, self.name)
             if self.tilt:
-                run.log(f"ngram_tilt: saved:{1000 * total.saved / math.log(2) / total.bytes:.3f} of 0.001 bpb")
+                saved = total.saved / math.log(2) / total.bytes
+                run.log(f"ngram_tilt: saved:{saved:.8f} val_bpb without:{total.bpb + saved:.8f}")
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

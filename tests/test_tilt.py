@@ -160,8 +160,9 @@ def test_repeated_text_is_cheaper_with_the_tilt_and_the_log_says_by_how_much():
     without = toy.adapt(data, NGRAM_TILT_ENABLED=0, **settings)[0]
     score, _, lines = toy.adapt(data, **settings)
     assert score.loss < without.loss - 0.1 and score.tokens == without.tokens
-    saved = float(next(line for line in lines if line.startswith("ngram_tilt: saved:")).split()[1].split(":")[1]) / 1000
-    assert score.bpb + saved == pytest.approx(without.bpb, abs=1e-5)
+    saved = next(line for line in lines if line.startswith("ngram_tilt: saved:"))
+    said, plain = (float(part.rpartition(":")[2]) for part in saved.split()[1::2])
+    assert score.bpb + said == pytest.approx(plain, abs=2e-8) and plain == pytest.approx(without.bpb, abs=1e-6)
 
 
 @pytest.mark.gpu
