@@ -70,14 +70,17 @@ def test_a_clean_set_becomes_a_folder(place):
     assert code == 3 and "exists already" in out["reasons"][0]
 
 
-@pytest.mark.parametrize("config, wanted, absent", [
-    ({"clip_rule": "fisher", "quantizer": "trellis32", "compressor": "entropy"},
+@pytest.mark.parametrize("config, stages, wanted, absent", [
+    ({"clip_rule": "fisher", "quantizer": "trellis32", "compressor": "entropy"}, (),
      ["GPTQ", "steps by Fisher information", "trellis-coded quantisation", "Gaussian entropy coder"], ["SDClip", "Brotli"]),
-    ({"clip_rule": "adaptive", "quantizer": "scalar", "compressor": "pergroup"},
+    ({"clip_rule": "adaptive", "quantizer": "scalar", "compressor": "pergroup"}, (),
      ["GPTQ", "SDClip", "per-group compression"], ["steps by Fisher information", "trellis-coded quantisation"]),
-    ({}, ["GPTQ", "SDClip"], ["steps by Fisher information"])])  # the references
-def test_credits_follow_the_quantiser(config, wanted, absent):
-    titles = [title for title, _ in make_record.techniques({"config": {"matrix_clip_sigmas": 12.85} | config})]
+    ({"inq_steps": 4, "ngram_tilt_enabled": True}, (), ["GPTQ"], ["incremental network quantization", "learnt n-gram tilt"]),
+    ({"inq_steps": 4, "ngram_tilt_enabled": True}, ("inq", "eval_ttt"), ["incremental network quantization", "learnt n-gram tilt"], []),
+    ({}, (), ["GPTQ", "SDClip"], ["steps by Fisher information"])])  # the references
+def test_credits_follow_what_was_used(config, stages, wanted, absent):
+    run = {"config": {"matrix_clip_sigmas": 12.85} | config, "stages": dict.fromkeys(stages, 1.0)}
+    titles = [title for title, _ in make_record.techniques(run)]
     assert not set(wanted) - set(titles) and not set(absent) & set(titles)
 
 

@@ -85,7 +85,9 @@ TECHNIQUES = [
     ("caseops_enabled", bool, "CaseOps tokenisation", "romeerp/parameter-golf-caseops-v1"),
     ("sliding_window_enabled", bool, "sliding-window evaluation", "@abaybektursun (PR #1019)"),
     ("ttt_enabled", bool, "phased score-first test-time training", "the lineage of PR #1855; Hu et al. (LoRA)"),
+    ("ngram_tilt_enabled", bool, "learnt n-gram tilt", "PR #1514, #2135, Mahoney (2005, PAQ)"),
 ]
+NEEDED_STAGES = {"inq_steps": "inq", "ngram_tilt_enabled": "eval_ttt"}  # switched on is not yet used
 
 
 class Verdict:
@@ -437,7 +439,7 @@ def techniques(run: dict) -> list[tuple[str, str]]:
     if "matrix_clip_sigmas" in config:
         config = {"clip_rule": "hand"} | config  # the references know no other
     for knob, used, title, credit in TECHNIQUES:
-        value = config.get(knob)
+        value = config.get(knob) if NEEDED_STAGES.get(knob) in (None, *run["stages"]) else None
         if value in used if isinstance(used, tuple) else isinstance(value, (int, float)) and used(value):
             out.append((title, credit))
     return out
