@@ -3068,6 +3068,12 @@ class Trainer:
         stream.cursor = self.cursor
         return stream
 
+    def tokens_in_turn(self, quantizer: Quantizer) -> int:
+        """How many tokens the steps of quantize_in_turn read."""
+        c = self.run.config
+        turns = max(len(in_turn(quantizer, c.inq_groups)) - 1, 0)
+        return c.inq_steps * turns * self.accumulate * self.run.world.size * (self.micro_tokens + 1)
+
     def forget(self):
         """The optimizers and the count of steps begin anew, without lines in the log until the loop."""
         self.settle()
@@ -4682,7 +4688,7 @@ def pack_windows(windows: np.ndarray, row: int) -> list[np.ndarray]:
 
 
 class Sums(NamedTuple):
-    """Nats, tokens and bytes of what has been scored."""
+    """What has been scored."""
     nats: float = 0.0
     tokens: int = 0
     bytes: int = 0
@@ -4851,7 +4857,7 @@ class Tilt:
         of targets; those without hint (kind -1) as they are. What came of the hints is kept for `learn`."""
         some = (kinds >= 0).nonzero().flatten()
         kinds, hits, out = kinds[some], hits[some], losses.clone()
-        surprise = hint_losses[some].clamp(min=1e-7)
+        surprise = hint_losses[some].clamp(1e-7, 700.0)
         z = -surprise.expm1().log()
         near = z.clamp(-self.REACH, self.REACH)
         bins = kinds * self.BINS + ((near / self.REACH + 1) / 2 * self.BINS).long().clamp(max=self.BINS - 1)
@@ -4869,20 +4875,22 @@ class Tilt:
         z = (torch.arange(self.BINS, dtype=torch.float64) + 0.5) * (2 * self.REACH / self.BINS) - self.REACH
         x, (hints, true) = self.features(z), self.known
 
-        def look(w: Tensor) -> tuple[Tensor, Tensor]:
-            """Regularised nats of each kind, and Newton's step."""
+        def look(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """Regularised nats of each kind, Newton's step, and what that would save if nats fell on as they begin to."""
             logits = z + w @ x.T
             q = logits.sigmoid()
             curvature = torch.einsum("kb,bi,bj->kij", hints * q * (1 - q), x, x) + torch.eye(3, dtype=torch.float64)
-            nats = (hints * F.softplus(logits) - true * logits).sum(1) + w.square().sum(1) / 2
-            return nats, torch.linalg.solve(curvature, (hints * q - true) @ x + w)
+            slope = (hints * q - true) @ x + w
+            step = torch.linalg.solve(curvature, slope)
+            return (hints * F.softplus(logits) - true * logits).sum(1) + w.square().sum(1) / 2, step, (slope * step).sum(1)
 
-        nats, step = look(self.weights)
-        for _ in range(20):
-            trial, (now, then) = self.weights - step, look(self.weights - step)
-            better = now < nats
-            self.weights, nats = torch.where(better[:, None], trial, self.weights), torch.where(better, now, nats)
-            step = torch.where(better[:, None], then, step / 4)
+        w, (nats, step, promise) = self.weights, look(self.weights)
+        for _ in range(40):
+            now, *then = look(w - step)
+            good = now <= nats - 0.1 * promise
+            w, nats = torch.where(good[:, None], w - step, w), torch.where(good, now, nats)
+            step, promise = torch.where(good[:, None], then[0], step / 4), torch.where(good, then[1], promise / 4)
+        self.weights = w
 
 
 def score_first(chunks, score: Callable, adapt: Callable):
@@ -5049,14 +5057,14 @@ class Reader:
     Documents that end leave their rows by halves; a batch with few documents has empty rows: few sizes, few CUDA graphs.
     """
 
-    def __init__(self, model: GPT, rows: int, longest: int, caps: Tensor | None, log: Callable[[str], None]):
+    def __init__(self, model: GPT, rows: int, longest: int, caps: Tensor | None, log: Callable[[str], None], hinted: bool = False):
         c, device = model.config, model.tok_emb.device
         self.model, self.c, self.caps, self.adapters = model, c, caps, DocumentAdapters(model, rows, c.seed)
         self.ladder = [rows]
         while self.ladder[-1] > 1:
             self.ladder.append(-(-self.ladder[-1] // 2))
         self.ids = torch.zeros(rows, longest + c.ttt_chunk_size + 1, dtype=torch.int64, device=device)   # column 0: before the first
-        self.hints = torch.zeros_like(self.ids) if c.ngram_tilt_enabled else None
+        self.hints = torch.zeros_like(self.ids) if hinted else None
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.cache = self.graphs = None
         if c.ttt_protocol == "cached":
@@ -5085,7 +5093,7 @@ class Reader:
 
     def score(self, chunk: int) -> Tensor:
         """Losses [1, documents, chunk length] in nats, 0 where a document has ended; those that ended for good may be gone.
-        With NGRAM_TILT_ENABLED [2, …]: those of hints too."""
+        [2, …] if hinted: the second row are losses of the hints."""
         first = chunk * self.chunk
         rows = self.adapters.rows = self.rung(int((self.sizes > first).sum()))
         self.teaches = bool(self.adapters.shapes) and bool((self.sizes > first + self.chunk).any())
@@ -5323,14 +5331,14 @@ class Adaptation:
         model.requires_grad_(False)
         self.caps = torch.full((2,), c.logit_softcap, device=run.world.device, requires_grad=True) if c.asym_logit_rescale else None
         self.global_trainer = GlobalTrainer(run, model, self.caps)
-        self.tilt = Tilt(run.world, run.world.device) if c.ngram_tilt_enabled else None
-        self.hints = None
-        self.reader = Reader(model, self.rows, max(int(b.documents[0, 1]) for b in self.batches), self.caps, run.log)
+        tilted = c.ngram_tilt_enabled and len(self.phases) > 1          # it learns between phases
+        self.tilt, self.hints = Tilt(run.world, run.world.device) if tilted else None, None
+        self.reader = Reader(model, self.rows, max(int(b.documents[0, 1]) for b in self.batches), self.caps, run.log, tilted)
         self.mark = torch.cuda.Event() if run.world.device.type == "cuda" else None
         self.mine, self.plain, self.adapting, self.read, self.current = Sums(), [], True, 0, 0
 
     def sums(self, documents: np.ndarray, scored: np.ndarray, losses: Tensor) -> Sums:
-        """Of the first `scored` targets of each document; losses [1 or 2, documents, targets]: without and with those of hints."""
+        """Of the first `scored` targets of each document; losses [1 or 2, documents, targets]: the network's, of targets and of hints."""
         places = np.concatenate([np.arange(a + 1, a + 1 + n) for a, n in zip(documents[:, 0], scored)])
         done = torch.arange(losses.shape[2], device=losses.device) < torch.from_numpy(scored).to(losses.device)[:, None]
         losses = losses[:, done].double()
@@ -5420,16 +5428,16 @@ class Adaptation:
                 self.read_phase(number, phase)
                 self.crew.meet(f"phase {number}")
                 self.finish_if_signalled()
-                if self.tilt:
-                    self.tilt.learn()
                 if phase.documents:
+                    if self.tilt:
+                        self.tilt.learn()
                     done, seconds = sum(len(b.documents) for b in self.batches[: phase.last]), time.perf_counter() - start
                     run.log(f"ttpp: phase:{number + 1}/{len(boundaries)} pd:{done} gd:{phase.documents} t:{seconds:.1f}s")
                     self.train_globally(documents[: phase.documents], self.batches[phase.last:])
             total = sum_over_ranks(run, self.data, self.mine, self.name)
             if self.tilt:
-                saved = total.saved / math.log(2) / total.bytes
-                run.log(f"ngram_tilt: saved:{saved:.8f} val_bpb without:{total.bpb + saved:.8f}")
+                without = total._replace(nats=total.nats + total.saved).bpb
+                run.log(f"ngram_tilt: saved:{without - total.bpb:.8f} val_bpb without:{without:.8f}")
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -5656,8 +5664,9 @@ CLOSING_PASSES = 2      # after all groups but one
 
 def reserve_seconds(run: Run, trainer: Trainer, inputs: Inputs, rehearsal: float, rehearsed: list[Quantizer]) -> float:
     """Seconds that calibration, GPTQ and the training inside it will take, from a rehearsal on one batch: every further
-    batch costs as much as one more. A fifth is added, but not to training steps; the slowest rank's figure holds for all. At most
-    half the budget: on a machine that was busy in the rehearsal training still gets the other."""
+    batch costs as much as one more. A fifth is added, but not to training steps, which count only where training will leave
+    text for them; the slowest rank's figure holds for all. At most half the budget: on a machine that was busy in the
+    rehearsal training still gets the other."""
     c, model, seconds = run.config, trainer.model, run.world.timed
     if not rehearsed:
         return 0.0
@@ -5668,7 +5677,12 @@ def reserve_seconds(run: Run, trainer: Trainer, inputs: Inputs, rehearsal: float
     if c.target_bytes:
         rehearsed[0].done.clear()
         total += (USUAL_PASSES - 1) * seconds(rehearsed[0])
-    total = 1.2 * total + 0.5 + c.inq_steps * (c.inq_groups - 1) * trainer.step_seconds
+    total = 1.2 * total + 0.5
+    if c.inq_steps:
+        steps = min(c.iterations, (c.max_wallclock_seconds - total) / trainer.step_seconds)     # or more: without loops they are faster
+        read = trainer.cursor + steps * c.train_batch_tokens + trainer.tokens_in_turn(rehearsed[0])
+        if c.inq_reread or read <= sum(map(len, inputs.shards)):
+            total += c.inq_steps * (c.inq_groups - 1) * trainer.step_seconds
     return run.world.max(min(total, c.max_wallclock_seconds / 2))
 
 
@@ -5791,7 +5805,7 @@ def compress(run: Run, trainer: Trainer, weights: dict[str, Tensor], inputs: Inp
     code_bytes = int(run.world.broadcast(torch.tensor([float(len(code))], dtype=torch.float64)).item())
     quantizer = calibrate(run, trainer.model, weights, inputs.shards, c.gptq_calibration_batches, c.fisher_batches)
     packed = fit_bytes(run, quantizer, code_bytes)
-    wanted, new = c.inq_steps * (c.inq_groups - 1) * c.train_batch_tokens, max(sum(map(len, inputs.shards)) - trainer.cursor, 0)
+    wanted, new = trainer.tokens_in_turn(quantizer), max(sum(map(len, inputs.shards)) - trainer.cursor, 0)
     if wanted > new and not c.inq_reread:
         log(f"inq: none: it wants {wanted} tokens that training has not read, of which there are {new} (INQ_REREAD=1: others too)")
     elif wanted:

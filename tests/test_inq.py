@@ -228,7 +228,7 @@ def test_a_run_quantises_in_turn_and_its_artifact_is_what_the_model_held(tmp_pat
 @pytest.mark.parametrize("reserve", [-1, 2])
 def test_what_a_budget_pays_for_is_rehearsed_before_it(tmp_path, small, monkeypatch, reserve):
     """Hessians, Fisher, GPTQ and steps in turn, whether the reserve is measured or given; nothing of it stays."""
-    c = toy.config(INQ_STEPS=3, INQ_GROUPS=3, MAX_WALLCLOCK_SECONDS=1000, GPTQ_RESERVE_SECONDS=reserve, WARMUP_STEPS=1)
+    c = toy.config(INQ_STEPS=3, INQ_GROUPS=3, INQ_REREAD=1, MAX_WALLCLOCK_SECONDS=1000, GPTQ_RESERVE_SECONDS=reserve, WARMUP_STEPS=1)
     run = toy.run(c, tmp_path)
     trainer = tg.Trainer(run, toy.model(c), SHARDS)
     before = [p.detach().clone() for p in (*trainer.model.parameters(), *trainer.ema)]
@@ -252,9 +252,22 @@ def test_what_a_budget_pays_for_is_rehearsed_before_it(tmp_path, small, monkeypa
 
 def test_training_keeps_half_of_a_budget_that_the_rehearsal_would_fill(tmp_path, small):
     """As on a machine that other programs slowed down while the reserve was measured."""
-    c = toy.config(INQ_STEPS=1000, INQ_GROUPS=3, MAX_WALLCLOCK_SECONDS=2, WARMUP_STEPS=1)
+    c = toy.config(INQ_STEPS=1000, INQ_GROUPS=3, INQ_REREAD=1, MAX_WALLCLOCK_SECONDS=2, WARMUP_STEPS=1)
     run = toy.run(c, tmp_path)
     assert tg.warm_up(run, tg.Trainer(run, toy.model(c), SHARDS), tg.Inputs(SHARDS, None, [])) == 1
+
+
+@pytest.mark.parametrize("steps, step_seconds, iterations, kept", [
+    (1, 200, 10 ** 6, True), (1, 10, 10 ** 6, False), (1, 10, 5, True), (1000, 200, 10 ** 6, False)])
+def test_steps_for_which_training_leaves_no_text_have_no_seconds(tmp_path, small, steps, step_seconds, iterations, kept):
+    """1,500 tokens are eleven steps of 129: training of 1000 s takes five, a hundred, five by ITERATIONS, or too many are wanted."""
+    c = toy.config(INQ_STEPS=steps, INQ_GROUPS=2, ITERATIONS=iterations, TRAIN_BATCH_TOKENS=128, MAX_WALLCLOCK_SECONDS=1000)
+    run = toy.run(c, tmp_path)
+    trainer = tg.Trainer(run, toy.model(c), SHARDS)
+    trainer.step_seconds = step_seconds
+    rehearsed = [tg.calibrate(run, trainer.model, exported(trainer), SHARDS, 1, 1)]
+    reserve = tg.reserve_seconds(run, trainer, tg.Inputs(SHARDS, None, []), 0.0, rehearsed)
+    assert (step_seconds < reserve < step_seconds + 9) if kept else reserve < 9
 
 
 def test_exported_weights_keep_nothing_of_autograd_alive(tmp_path):
@@ -269,7 +282,7 @@ def test_exported_weights_keep_nothing_of_autograd_alive(tmp_path):
 @pytest.mark.parametrize("settings", [{}, dict(MAX_WALLCLOCK_SECONDS=1000, WARMUP_STEPS=1)])
 def test_a_network_too_small_to_be_quantised_has_no_turns(tmp_path, monkeypatch, settings):
     """There are no groups to train between."""
-    c = toy.config(INQ_STEPS=2, INQ_REREAD=1, **settings)
+    c = toy.config(INQ_STEPS=2, **settings)
     run, inputs = toy.run(c, tmp_path), tg.Inputs(SHARDS, None, [])
     monkeypatch.setattr(tg, "shipped_script", lambda: b"#" * 1000)
     trainer = tg.Trainer(run, toy.model(c), SHARDS)
@@ -279,7 +292,7 @@ def test_a_network_too_small_to_be_quantised_has_no_turns(tmp_path, monkeypatch,
     assert not [line for line in run.log.lines if line.startswith("inq: ")]
 
 
-@pytest.mark.parametrize("cursor, settings, turns", [(0, {}, 2), (400, {}, 0), (10 ** 6, {}, 0), (10 ** 6, {"INQ_REREAD": 1}, 2)])
+@pytest.mark.parametrize("cursor, settings, turns", [(0, {}, 2), (226, {}, 2), (227, {}, 0), (10 ** 6, {}, 0), (10 ** 6, {"INQ_REREAD": 1}, 2)])
 def test_only_text_that_training_has_not_read_is_trained_on(tmp_path, small, monkeypatch, cursor, settings, turns):
     """On text read before, the steps would teach the network what it has memorised: then all matrices are quantised at once."""
     text = [toy.row(1000, seed=3)]
@@ -292,7 +305,7 @@ def test_only_text_that_training_has_not_read_is_trained_on(tmp_path, small, mon
         trainer.cursor = cursor
         coded.append(tg.read_artifact(tg.compress(run, trainer, exported(trainer), tg.Inputs(text, None, [])), c))
         lines = [line for line in run.log.lines if line.startswith("inq: ")]
-        none = f"inq: none: it wants 768 tokens that training has not read, of which there are {max(1000 - cursor, 0)} "
+        none = f"inq: none: it wants 774 tokens that training has not read, of which there are {max(1000 - cursor, 0)} "
         assert len(lines) == turns if steps and turns else lines == [none + "(INQ_REREAD=1: others too)"] * bool(steps)
     same = all(torch.equal(coded[0][name].decode(), coded[1][name].decode()) for name in coded[0])
     assert same == (turns == 0)

@@ -76,6 +76,20 @@ def learnt(seed=0, count=4000) -> tuple[tg.Tilt, tuple]:
     return tilt, case
 
 
+def regression(z, hits):
+    """Weights of one kind by torch's L-BFGS on the hints themselves (the tilt keeps counts in bins of z)."""
+    x, w = tg.Tilt.features(z), torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = torch.nn.functional.binary_cross_entropy_with_logits(z + x @ w, hits.double(), reduction="sum") + w.square().sum() / 2
+        value.backward()
+        return value
+    optimizer.step(loss)
+    return w.detach()
+
+
 def test_probabilities_add_up_whatever_was_learnt():
     """Every token in turn as the target: the sum of all probabilities is 1, in bfloat16-sized logits and at the extremes."""
     tilt, case = learnt()
@@ -105,24 +119,13 @@ def test_nothing_changes_before_something_was_learnt_or_where_there_is_no_hint()
 
 
 def test_learning_is_ridge_logistic_regression():
-    """Against torch's L-BFGS on the hints themselves (the tilt keeps counts in bins of z)."""
     tilt, case = learnt(count=20_000)
     tilt(*case)
     tilt.learn()
     _, hint_losses, kinds, hits = case
     z = -torch.expm1(hint_losses).log()
-    x = torch.stack((torch.ones_like(z), z / 4, z * z / 16), 1)
     for kind in (0, 17, tg.HINT_KINDS - 1):
-        own, w = kinds == kind, torch.zeros(3, dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
-
-        def loss():
-            optimizer.zero_grad()
-            value = torch.nn.functional.binary_cross_entropy_with_logits(z[own] + x[own] @ w, hits[own].double(), reduction="sum")      # noqa: B023
-            (value := value + w.square().sum() / 2).backward()      # noqa: B023
-            return value
-        optimizer.step(loss)
-        torch.testing.assert_close(tilt.weights[kind], w.detach(), rtol=0.03, atol=0.01)
+        torch.testing.assert_close(tilt.weights[kind], regression(z[kinds == kind], hits[kinds == kind]), rtol=0.03, atol=0.01)
 
 
 def test_what_was_learnt_saves_nats_on_other_hints():
@@ -140,7 +143,7 @@ def test_hint_losses_are_the_networks(protocol):
     model.requires_grad_(False)
     data = toy.documents((40, 23))
     documents = tg.find_documents(data.tokens)
-    reader = tg.Reader(model, 2, 40, None, run.log)
+    reader = tg.Reader(model, 2, 40, None, run.log, hinted=True)
     other = np.where(data.tokens == tg.BOS, 9, (data.tokens + 3) % 64)
     batch = tg.DocumentBatch(documents, 16)
     reader.begin(batch, data.tokens, torch.from_numpy(other.astype(np.int64)))
@@ -152,6 +155,63 @@ def test_hint_losses_are_the_networks(protocol):
         for which, targets in enumerate((ids, torch.from_numpy(other.astype(np.int64))[None])):
             expected = model.losses(ids[:, start: start + size], targets[:, start + 1: start + 1 + size])[0]
             torch.testing.assert_close(banked[which, row, :size], expected, rtol=0, atol=2e-5)
+
+
+def test_what_is_banked_is_the_tilted_network():
+    """A network that does not learn, in four phases: every banked loss from plain losses, searched hints and weights that were
+    fitted to the phases before by another program."""
+    still = dict(TTT_PROTOCOL="published", TTT_LORA_LR=0, TTT_WEIGHT_DECAY=0, **{**toy.DEALT, "GLOBAL_TTT_LR_MUL": 0})
+    data = toy.documents((40,) * 16)
+    run, model = toy.setting(**still)
+    batches, phases = tg.plan_phases(tg.document_batches(tg.find_documents(data.tokens), run.config), run.config)
+    documents = np.concatenate([b.documents for b in batches])
+    parts = np.repeat(np.arange(len(phases)), [sum(len(b.documents) for b in batches[p.first: p.last]) for p in phases])
+    hints, kinds = (torch.from_numpy(t)[1:] for t in search(data.tokens, documents, parts))
+    part = torch.zeros(len(data.tokens) - 1, dtype=torch.int64)
+    for (start, size), number in zip(documents, parts):
+        part[start: start + size] = number
+    ids, losses = torch.from_numpy(data.tokens.astype(np.int64))[None], torch.zeros(2, len(data.tokens) - 1, dtype=torch.float64)
+    with torch.no_grad():
+        for start, size in documents:
+            for row, targets in zip(losses, (ids[0, 1:], hints)):
+                row[start: start + size] = model.losses(ids[:, start: start + size], targets[None, start: start + size])[0]
+    z, hits, expected = -torch.expm1(losses[1]).log(), hints == ids[0, 1:], losses[0].clone()
+    for number in range(1, len(phases)):
+        for kind in kinds[kinds >= 0].unique():
+            w = regression(*(t[(kinds == kind) & (part < number)] for t in (z, hits)))
+            now = (kinds == kind) & (part == number)
+            tilted = z[now] + tg.Tilt.features(z[now]) @ w
+            others = losses[0][now] + torch.log1p(-torch.exp(-losses[1][now])) + torch.nn.functional.softplus(tilted)
+            expected[now] = torch.where(hits[now], torch.nn.functional.softplus(-tilted), others)
+    assert len(phases) == 4 and (expected - losses[0]).abs().max() > 1
+    _, banked, _ = toy.adapt(data, run, model)
+    np.testing.assert_allclose(banked, expected, rtol=0, atol=0.02)
+    assert (expected - losses[0])[part == 0].abs().max() == 0
+
+
+def test_learning_recovers_from_hints_that_are_all_wrong_about_themselves():
+    """Sure hints that fail and hopeless ones that come true: Newton's first steps overshoot."""
+    tilt = tg.Tilt(toy.one_world("cpu"), CPU)
+    z = torch.tensor([-11.9, 11.9], dtype=torch.float64).repeat_interleave(1000)
+    surprise, hits = torch.nn.functional.softplus(-z), z < 0
+    tilt(torch.where(hits, surprise, 12.0), surprise, torch.zeros(2000, dtype=torch.int64), hits)
+    tilt.fresh *= 10_000
+    tilt.learn()
+    assert tilt.weights[0, 1] == pytest.approx(-9.2, abs=0.5)
+
+
+def test_a_hint_without_any_chance_leaves_losses_finite():
+    tilt, case = learnt()
+    tilt(*case)
+    tilt.learn()
+    for hit in (True, False):
+        far = torch.tensor([800.0 if hit else 0.1], dtype=torch.float64)
+        assert tilt(far, torch.tensor([800.0], dtype=torch.float64), torch.tensor([5]), torch.tensor([hit])).isfinite().all()
+
+
+def test_text_of_no_bytes_is_scored():
+    data = tg.Validation(np.full(40, tg.BOS, np.uint16), np.zeros(40, np.int64))
+    assert toy.adapt(data, TTT_PROTOCOL="cached", **toy.DEALT)[0].tokens == 39
 
 
 def test_repeated_text_is_cheaper_with_the_tilt_and_the_log_says_by_how_much():
