@@ -488,7 +488,7 @@ def test_a_training_token_over_the_vocabulary_between_the_samples(data, settings
 
 
 @pytest.mark.parametrize("change, code, words", [
-    (dict(MODEL_DIM="abc"), 2, "MODEL_DIM='abc': expected a whole number"), (dict(DATA_PATH="/nowhere"), 2, "data folder /nowhere is missing")])
+    (dict(MODEL_DIM="abc"), 2, "MODEL_DIM='abc': expected a whole number"), (dict(DATA_PATH="/proc/nowhere"), 2, "data folder /proc/nowhere is missing")])
 def test_errors_of_the_real_process(settings, change, code, words):
     done = toy.script({**settings, **change})
     lines = done.stderr.splitlines()
