@@ -396,7 +396,8 @@ def load_config(env: dict[str, str]) -> tuple[Config, list[str]]:
             given[target] = parse_knob(table[target], text)
     warnings = []
     for name in sorted(set(env) - set(table) - set(ALIASES)):
-        near = difflib.get_close_matches(name, [*table, *ALIASES], n=1, cutoff=0.85) if len(name) > 4 else []
+        near = [whole] if (whole := f"{name}_ENABLED") in table else []
+        near = near or (difflib.get_close_matches(name, [*table, *ALIASES], n=1, cutoff=0.85) if len(name) > 4 else [])
         if near:
             warnings.append(f"warning: {name} is not a setting; did you mean {near[0]}?")
     config = Config(**{name.lower(): value for name, value in given.items()})

@@ -208,3 +208,8 @@ def test_random_settings_pass_or_get_one_line(seed, data):
     assert c.head_dim * c.num_heads == c.model_dim and c.mlp_dim >= 1
     assert tg.config_table(c)
     assert 0 <= c.lr_mul(0.5) <= 1 and 0 <= c.loops_at(0.5) <= c.num_loops
+
+
+@pytest.mark.parametrize("name, meant", [("NGRAM_TILT", "NGRAM_TILT_ENABLED"), ("SMEAR_GATE", "SMEAR_GATE_ENABLED"), ("INQ_STEP", "INQ_STEPS")])
+def test_a_name_that_lacks_its_end_is_asked_about(name, meant):
+    assert tg.load_config({name: "0"})[1] == [f"warning: {name} is not a setting; did you mean {meant}?"]

@@ -4,6 +4,8 @@ import sys
 
 import numpy as np
 
+from study import fit
+
 z = np.load(sys.argv[1])
 out = z["out"].astype(np.float64)
 cand = z["cands"].astype(np.int64)
@@ -13,21 +15,6 @@ K = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 n = out.shape[1]
 part = np.minimum((pos - pos.min()) * 13 // (pos.max() - pos.min() + 1), 12)
 tok = cand[0]
-
-
-def fit(x, y, zz, kind, kinds, w):
-    place = lambda v: np.stack([np.bincount(kind, u, kinds) for u in v.reshape(len(v), -1).T], 1).reshape(kinds, *v.shape[1:])
-    nats = lambda w: place(np.logaddexp(0, s := zz + (x * w[kind]).sum(1)) - y * s) + 0.5 * (w * w).sum(1)
-    best = nats(w)
-    for _ in range(8):
-        q = 1 / (1 + np.exp(-zz - (x * w[kind]).sum(1)))
-        H = place((q * (1 - q))[:, None, None] * x[:, :, None] * x[:, None]) + np.eye(x.shape[1])
-        step = np.linalg.solve(H, (place((q - y)[:, None] * x) + w)[:, :, None])[:, :, 0]
-        for _ in range(4):
-            now = nats(w - step)
-            b = now < best
-            w, best, step = np.where(b[:, None], w - step, w), np.where(b, now, best), np.where(b[:, None], 0, step / 4)
-    return w
 
 
 class S:
@@ -103,22 +90,16 @@ def bucket(lev):
 
 base = out[0].sum() / bits
 print(n, "tokens", round(base, 5))
-js = range(1, 9)
-row, lev = longest(js, rec)
-s.tilt(row, lev, 9)
-s.say("most recent, longest of 2..16, kinds by order")
-row, lev = longest(js, rec)
-s.tilt(row, lev * 16 + bucket(lev), 144)
-s.say("most recent, kinds by order, count, share")
-row, lev = longest(js, frq)
-s.tilt(row, lev, 9)
-s.say("most frequent, kinds by order")
-row, lev = longest(js, frq)
-s.tilt(row, lev * 16 + bucket(lev), 144)
-s.say("most frequent, kinds by order, count, share")
-row, lev = longest(range(9), frq)
-s.tilt(row, lev * 16 + bucket(lev), 144)
-s.say("the same with order 1")
+for what, orders, source, counted in (
+    ("most recent, longest of 2..16, kinds by order", range(1, 9), rec, False),
+    ("most recent, kinds by order, count, share", range(1, 9), rec, True),
+    ("most frequent, kinds by order", range(1, 9), frq, False),
+    ("most frequent, kinds by order, count, share", range(1, 9), frq, True),
+    ("the same with order 1", range(9), frq, True),
+):
+    row, lev = longest(orders, source)
+    s.tilt(row, lev * 16 + bucket(lev) * counted, 144)
+    s.say(what)
 for groups in (
     ((0,), (1, 2), (3, 4, 5), (6, 7, 8)),
     ((1,), (2,), (3, 4, 5), (6, 7, 8)),
