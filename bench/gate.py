@@ -20,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as t  # noqa: E402
+from specified import SPECIFIED  # noqa: E402
 
 FLOAT32 = {4096: (3.17552, 1.25864), 16384: (3.19389, 1.26270), 65536: (3.15761, 1.25973)}
 BFLOAT16_TARGETS, BFLOAT16_BPB = 3_407_872, 1.27919
@@ -33,7 +34,7 @@ def main() -> int:
     parser.add_argument("--long", action="store_true")
     args = parser.parse_args()
     from safetensors.torch import load_file
-    config, _ = t.load_config({"PARALLEL_START_LAYER": "8", **os.environ, "TOKENIZER_PATH": args.tokenizer})
+    config, _ = t.load_config({**SPECIFIED, **os.environ, "TOKENIZER_PATH": args.tokenizer})
     world = t.World()
     t.select_kernels(config)
     torch._dynamo.config.automatic_dynamic_shapes = False

@@ -7,7 +7,7 @@ row of ROWS with its steps bisected until code (--code-bytes) and model are just
 unpacked, and scored in bits per byte over the first --targets validation tokens. penalty: bpb less that of the EMA weights,
 in 0.001 bpb; ratio: to the hand-set rule's at equal bytes. --minutes: no new row is begun after that; the table so far is
 written after each row. About 5 minutes on one H100. --coders: every row's integers through these coders too (bench/pack.py
-does that to saved artifacts). Model settings come from the environment; PARALLEL_START_LAYER is 8 unless it says otherwise
+does that to saved artifacts). Model settings come from the environment; they begin as specified.py has them
 (the checkpoint of the specification).
 """
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as t  # noqa: E402
+from specified import SPECIFIED  # noqa: E402
 
 FISHER = {"clip_rule": "fisher", "quantizer": "scalar"}
 HAND = {"clip_rule": "hand", "quantizer": "scalar"}
@@ -90,7 +91,7 @@ class Bench:
 
     def __init__(self, args):
         self.args, self.start = args, time.perf_counter()
-        env = {"PARALLEL_START_LAYER": "8", **os.environ, "TOKENIZER_PATH": args.tokenizer, "SEED": "1337"}
+        env = {**SPECIFIED, **os.environ, "TOKENIZER_PATH": args.tokenizer, "SEED": "1337"}
         if args.train_batch_tokens:
             env["TRAIN_BATCH_TOKENS"] = str(args.train_batch_tokens)
         self.config, _ = t.load_config(env)

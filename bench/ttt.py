@@ -10,7 +10,7 @@ is what both protocols come to at learning rate 0. Both protocols then read the 
 (--phases N: with N global phases). Seconds include everything but loading and the warm-up (compiling, capturing CUDA graphs),
 whose seconds are given; memory is each row's own peak. The cached protocol runs eagerly with CUDA graphs (TTT_GRAPHS=0:
 without), the published one compiled. Model settings come from the environment, as for train_gpt.py, but with --checkpoint
-PARALLEL_START_LAYER is 8 unless it says otherwise (the checkpoint of the specification).
+they begin as specified.py has them (the checkpoint of the specification).
 """
 
 import argparse
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 import train_gpt as tg
+from specified import SPECIFIED
 
 # chunk, live tokens, learning rate
 GRID = [(24, 48, 2e-4), (24, 72, 2e-4), (24, 24, 2e-4), (24, 120, 2e-4), (16, 48, 2e-4), (32, 64, 2.5e-4), (24, 48, 2.5e-4), (16, 32, 2e-4),
@@ -90,8 +91,8 @@ class Bench:
     def configure(self, **settings) -> tg.Config:
         fixed = {"TTT_ENABLED": 1, "EVAL_TIME_LIMIT": 0, "TTT_LORA_RANK": self.a.rank, "PHASED_TTT_ENABLED": int(self.a.phases > 0),
                  "PHASED_TTT_NUM_PHASES": self.a.phases, "NGRAM_TILT_ENABLED": 0}
-        lanes = {} if self.a.artifact else {"PARALLEL_START_LAYER": "8"}
-        return tg.load_config({**lanes, **os.environ, **{k: str(v) for k, v in {**fixed, **settings}.items()}})[0]
+        network = {} if self.a.artifact else SPECIFIED
+        return tg.load_config({**network, **os.environ, **{k: str(v) for k, v in {**fixed, **settings}.items()}})[0]
 
     def run(self, config: tg.Config) -> tg.Run:
         """Settings for the next measurement, and the weights as they were loaded."""
