@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt as t  # noqa: E402
 from specified import SPECIFIED  # noqa: E402
+
+import train_gpt as t  # noqa: E402
 
 FLOAT32 = {4096: (3.17552, 1.25864), 16384: (3.19389, 1.26270), 65536: (3.15761, 1.25973)}
 BFLOAT16_TARGETS, BFLOAT16_BPB = 3_407_872, 1.27919

@@ -26,8 +26,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt as t  # noqa: E402
 from specified import SPECIFIED  # noqa: E402
+
+import train_gpt as t  # noqa: E402
 
 FISHER = {"clip_rule": "fisher", "quantizer": "scalar"}
 HAND = {"clip_rule": "hand", "quantizer": "scalar"}

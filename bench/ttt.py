@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from specified import SPECIFIED
 
 import train_gpt as tg
-from specified import SPECIFIED
 
 # chunk, live tokens, learning rate
 GRID = [(24, 48, 2e-4), (24, 72, 2e-4), (24, 24, 2e-4), (24, 120, 2e-4), (16, 48, 2e-4), (32, 64, 2.5e-4), (24, 48, 2.5e-4), (16, 32, 2e-4),
