@@ -1,2 +1,2 @@
 """Settings of the specified network (spec model.md, the shared checkpoint) where the script's defaults have moved on."""
-SPECIFIED = {"PARALLEL_START_LAYER": "8", "KEY_SHIFT_ENABLED": "0", "VALUE_RESIDUAL_ENABLED": "0"}
+SPECIFIED = {"PARALLEL_START_LAYER": "8"}

@@ -28,7 +28,7 @@ PROTOCOLS = {
     "published, two steps a chunk, SGD": dict(TTT_GRAD_STEPS=2, TTT_OPTIMIZER="sgd", TTT_BETA1=0.5, TTT_LORA_LR=1),
     "published, A anew, no K": dict(TTT_WARM_START_A=0, TTT_K_LORA=0, ASYM_LOGIT_RESCALE=1),
     "cached": dict(TTT_PROTOCOL="cached"),
-    "cached, nothing read again": dict(TTT_PROTOCOL="cached", TTT_LIVE_TOKENS=0, KEY_SHIFT_ENABLED=0),
+    "cached, nothing read again": dict(TTT_PROTOCOL="cached", TTT_LIVE_TOKENS=0, KEY_SHIFT_ENABLED=0, VALUE_RESIDUAL_ENABLED=0),
     "cached, one token read again": dict(TTT_PROTOCOL="cached", TTT_LIVE_TOKENS=1),
     "cached, chunks by length": dict(TTT_PROTOCOL="cached", TTT_LIVE_TOKENS=5, TTT_CHUNK_BY_LENGTH="10:2,40:7", TTT_GRAD_STEPS=2),
     "batches dealt out, Muon": dict(TTT_PROTOCOL="cached", **toy.DEALT),

@@ -28,6 +28,7 @@ VARIANTS = {
     "no_smear": dict(SMEAR_GATE_ENABLED=0),
     "no_key_shift": dict(KEY_SHIFT_ENABLED=0),
     "no_value_residual": dict(VALUE_RESIDUAL_ENABLED=0),
+    "neither": dict(KEY_SHIFT_ENABLED=0, VALUE_RESIDUAL_ENABLED=0),
     "no_skip_gates": dict(SKIP_GATES_ENABLED=0),
     "no_xsa": dict(XSA_LAST_N=0),
     "xsa_last_2": dict(XSA_LAST_N=2),
