@@ -372,7 +372,8 @@ def test_references_equal_float64(name):
 def check_networks():
     """Whole networks of fast kernels, in float32: loss and every parameter's gradient equal the plain network's in float64. What one
     kernel leaves to the next (norm factors, rounded sums) has to meet."""
-    for settings in (dict(NUM_LOOPS=1), dict(NUM_LOOPS=0, PARALLEL_START_LAYER=0, PARALLEL_RESIDUAL_START=3, SKIP_GATES_ENABLED=0)):
+    for settings in (dict(NUM_LOOPS=1), dict(NUM_LOOPS=0, PARALLEL_START_LAYER=0, PARALLEL_RESIDUAL_START=3, SKIP_GATES_ENABLED=0,
+                                             KEY_SHIFT_ENABLED=1, VALUE_RESIDUAL_ENABLED=1)):
         found, call = [], tg.Kernel.__call__
         for dtype in (torch.float64, torch.float32):
             model = toy.randomise(tg.GPT(toy.config(**settings), torch.device("cpu"))).to(dtype)

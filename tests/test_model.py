@@ -26,9 +26,9 @@ VARIANTS = {
     "no_gate": dict(SPARSE_ATTN_GATE_ENABLED=0),
     "gate_scale": dict(SPARSE_ATTN_GATE_SCALE=2, GATE_WINDOW=32),
     "no_smear": dict(SMEAR_GATE_ENABLED=0),
-    "no_key_shift": dict(KEY_SHIFT_ENABLED=0),
-    "no_value_residual": dict(VALUE_RESIDUAL_ENABLED=0),
-    "neither": dict(KEY_SHIFT_ENABLED=0, VALUE_RESIDUAL_ENABLED=0),
+    "key_shift": dict(KEY_SHIFT_ENABLED=1),
+    "value_residual": dict(VALUE_RESIDUAL_ENABLED=1, LOOP_START=0),
+    "key_shift_and_value_residual": dict(KEY_SHIFT_ENABLED=1, VALUE_RESIDUAL_ENABLED=1),
     "no_skip_gates": dict(SKIP_GATES_ENABLED=0),
     "no_xsa": dict(XSA_LAST_N=0),
     "xsa_last_2": dict(XSA_LAST_N=2),
@@ -119,7 +119,7 @@ def test_smear_and_its_bos_mask():
 
 def test_keys_are_half_those_of_the_token_before_and_later_values_hold_the_first():
     """What qkv_heads gets is what attention sees: recorded at both ends of the whole network."""
-    model, batch, calls = toy.model(toy.config()), packed(), []
+    model, batch, calls = toy.model(toy.config(KEY_SHIFT_ENABLED=1, VALUE_RESIDUAL_ENABLED=1)), packed(), []
     kernel = tg.qkv_heads
     tg.qkv_heads = lambda *args: calls.append((args, kernel(*args))) or calls[-1][1]
     try:
@@ -424,7 +424,7 @@ def test_weights_survive_export_and_import(variant):
 
 
 def test_file_names_are_the_published_ones():
-    names = set(weights_of(toy.model(toy.config(VALUE_RESIDUAL_ENABLED=0))))
+    names = set(weights_of(toy.model(toy.config())))
     expected = {"tok_emb.weight", "skip_weights", "skip_gates", "smear_gate.weight", "smear_lambda",
                 "parallel_resid_lambdas", "parallel_post_lambdas"}
     expected |= {f"blocks.{i}.{n}" for i in range(6) for n in (

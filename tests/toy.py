@@ -14,10 +14,9 @@ import train_gpt as tg
 
 SCRIPT = Path(tg.__file__).resolve()
 VOCAB = 384
-# The smallest network with every part of the default recipe (recurrence, skips, lanes, XSA, sparse gates, SmearGate) and what adds to it.
+# The smallest network with every part of the default recipe: recurrence, skips, lanes, XSA, sparse gates, SmearGate.
 NETWORK = dict(VOCAB_SIZE=VOCAB, NUM_LAYERS=6, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, MLP_MULT=2, XSA_LAST_N=6,
-               ROPE_DIMS=4, LOOP_START=1, LOOP_END=2, NUM_LOOPS=2, PARALLEL_START_LAYER=4, GATE_WINDOW=8,
-               KEY_SHIFT_ENABLED=1, VALUE_RESIDUAL_ENABLED=1)
+               ROPE_DIMS=4, LOOP_START=1, LOOP_END=2, NUM_LOOPS=2, PARALLEL_START_LAYER=4, GATE_WINDOW=8)
 TRAINING = dict(TRAIN_BATCH_TOKENS=128, TRAIN_SEQ_LEN=32, GRAD_ACCUM_STEPS=1, ITERATIONS=5, MAX_WALLCLOCK_SECONDS=0,
                 WARMUP_STEPS=0, EVAL_SEQ_LEN=32, EVAL_STRIDE=8, VAL_BATCH_TOKENS=1024, GPTQ_CALIBRATION_BATCHES=2,
                 MUON_MOMENTUM_WARMUP_STEPS=20, EMA_DECAY=0.9, FISHER_BATCHES=4, QUANTIZER="trellis4", INQ_STEPS=0)
