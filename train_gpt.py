@@ -134,8 +134,6 @@ class Config:
     parallel_final_lane: str = knob("mean", "what leaves the two lanes", choices=("mean", "attn", "mlp"))
     parallel_residual_start: int = knob(-1, "GPT-J parallel residual from this layer; negative: off")
     smear_gate_enabled: bool = knob(True, "mix the previous token's embedding in, never over BOS")
-    key_shift_enabled: bool = knob(False, "half of the unrotated dimensions of keys are those of the token before")
-    value_residual_enabled: bool = knob(False, "a learnt share of the first pass's values joins those of every later pass")
     gate_window: int = knob(12, "input dimensions that the small gates read", at_least=1)
     sparse_attn_gate_enabled: bool = knob(True, "head gates from the first GATE_WINDOW inputs")
     sparse_attn_gate_scale: float = knob(0.5, "scale inside that gate's sigmoid")
@@ -341,8 +339,6 @@ CONTRADICTIONS: list[tuple[Callable[[Config], bool], str]] = [
      "VAL_BATCH_TOKENS={val_batch_tokens} must be at least 8 x EVAL_SEQ_LEN={eval_seq_len}"),
     (lambda c: c.sliding_window_enabled and c.eval_stride > c.eval_seq_len,
      "EVAL_STRIDE={eval_stride} must be at most EVAL_SEQ_LEN={eval_seq_len}: windows would miss tokens"),
-    (lambda c: c.key_shift_enabled and c.ttt_enabled and c.ttt_protocol == "cached" and c.ttt_live_tokens < 1,
-     "TTT_LIVE_TOKENS={ttt_live_tokens} must be at least 1 with KEY_SHIFT_ENABLED=1: the cache lacks the key before a chunk"),
     (lambda c: c.ttt_chunk_size > c.ttt_eval_seq_len,
      "TTT_CHUNK_SIZE={ttt_chunk_size} exceeds TTT_EVAL_SEQ_LEN={ttt_eval_seq_len}"),
     (lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
@@ -353,8 +349,8 @@ ALIASES = {"EVAL_ONLY": "TTT_EVAL_ONLY"}
 MODEL_KNOBS = tuple(f.name for f in fields(Config) if f.name in """vocab_size num_layers model_dim num_heads num_kv_heads
     mlp_mult xsa_last_n rope_base rope_dims rope_yarn rope_train_seq_len ln_scale logit_softcap skip_gates_enabled
     tie_embeddings num_loops loop_start loop_end parallel_start_layer parallel_final_lane parallel_residual_start
-    smear_gate_enabled key_shift_enabled value_residual_enabled gate_window sparse_attn_gate_enabled sparse_attn_gate_scale
-    gated_attn_enabled attn_out_gate_enabled attn_out_gate_src""".split())
+    smear_gate_enabled gate_window sparse_attn_gate_enabled sparse_attn_gate_scale gated_attn_enabled
+    attn_out_gate_enabled attn_out_gate_src""".split())
 
 
 def allowed_values(f) -> str:
@@ -802,8 +798,7 @@ def model_knobs(config: Config) -> dict:
 
 
 def check_same_model(path: Path, saved: dict, config: Config):
-    """UserError when a file was made under other MODEL_KNOBS than the run's. What did not exist when it was made was off."""
-    saved = {**dict.fromkeys(("key_shift_enabled", "value_residual_enabled") if saved else (), False), **saved}
+    """UserError when a file was made under other MODEL_KNOBS than the run's."""
     for name, value in model_knobs(config).items():
         if name in saved and saved[name] != value:
             raise UserError(f"{path} was made with {name.upper()}={saved[name]}, this run has {value}: use the same settings")
@@ -1571,75 +1566,49 @@ def normed_linear(parts: tuple[Tensor, ...], weights_CD: Tensor | None, scale: T
     return u, y, factor, None if gate_HW is None else z
 
 
-def shifted_from(head_dim: int, rotated: int) -> int:
-    """First of the dimensions of a key that come from the token before: half of those that are not rotated."""
-    return (head_dim + rotated) // 2
-
-
-def qkv_heads_reference(qkv: Tensor, factor_BT: Tensor | None, gain_H: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, copies: int,
-                        begins_BT: Tensor | None, first_BTKd: Tensor | None, share_K: Tensor | None) -> tuple[Tensor, ...]:
+def qkv_heads_reference(qkv: Tensor, factor_BT: Tensor | None, gain_H: Tensor, cos: Tensor, sin: Tensor, kv_heads: int,
+                        copies: int) -> tuple[Tensor, ...]:
     """Joint projection [B, T, (H + 2K) d] -> q [B, T, H, d] normed, rotated, times its head's gain; k [B, T, K copies, d]
     normed and rotated; v [B, T, K copies, d]; v again [B, T, K, d], for XSA: no sum of its two gradients in between.
-
     factor: of the values (norms undo any other), a constant to gradients; see normed_linear. cos, sin: [T, rotated dimensions / 2]
-    of these positions. copies: of every key and value, side by side. begins: the last dimensions of a key (see shifted_from) are those
-    of the token before, but where a segment begins, as every row does. first: values of the first pass, of which share is added.
-    """
+    of these positions. copies: of every key and value, side by side."""
     B, T, _ = qkv.shape
     q, k, v = qkv.view(B, T, len(gain_H) + 2 * kv_heads, -1).split((len(gain_H), kv_heads, kv_heads), 2)
     if factor_BT is not None:
         v = (v * factor_BT.detach()[..., None, None]).to(v.dtype)
-    if first_BTKd is not None:
-        v = (v + share_K[:, None] * first_BTKd).to(v.dtype)
-    q, k = (rotate(norm(q), cos, sin).float() * gain_H[:, None]).to(qkv.dtype), rotate(norm(k), cos, sin)
-    if begins_BT is not None:
-        stay, move = k.tensor_split((shifted_from(k.shape[3], 2 * cos.shape[1]),), 3)
-        k = torch.cat((stay, torch.where(begins_BT[..., None, None], move, move.roll(1, 1))), 3)
-    return q, k.repeat_interleave(copies, 2), v.repeat_interleave(copies, 2), v.contiguous()
+    q = (rotate(norm(q), cos, sin).float() * gain_H[:, None]).to(qkv.dtype)
+    return q, rotate(norm(k), cos, sin).repeat_interleave(copies, 2), v.repeat_interleave(copies, 2), v.contiguous()
 
 
 QKV_BLOCKS, GATED_BLOCKS = ((8, 1), (32, 4)), ((16, 4), (16, 4))       # tokens and warps of a program, forward and backward
 
 if triton is not None:
     @triton.jit
-    def copy_values(source, factor, first, share, part, own, dsource, dfirst, dshare, row, head, j, ok, K: tl.constexpr, D: tl.constexpr,
-                    COPIES: tl.constexpr, BACKWARD: tl.constexpr):
-        """Forward: a value head times its token's factor, and a share of the first pass's, to its copies and to `own`. Backward: the
-        sum of all their gradients."""
-        at, known = row * K + head, tl.sum(ok.to(tl.int32), 1)[:, None] > 0
-        amount = 1.0
-        if factor is not None:
-            amount = tl.load(factor + row, mask=known, other=0.0)
+    def copy_values(source, amount, part, own, dsource, ok, D: tl.constexpr, COPIES: tl.constexpr, BACKWARD: tl.constexpr):
+        """Forward: a value head times `amount` to its copies and to `own`. Backward: the sum of all their gradients."""
         if BACKWARD:
-            total = tl.load(own + at * D + j, mask=ok, other=0.0).to(tl.float32)
+            total = tl.load(own, mask=ok, other=0.0).to(tl.float32)
             for copy in tl.static_range(COPIES):
-                total += tl.load(part + copy * D + j, mask=ok, other=0.0).to(tl.float32)
-            tl.store(dsource + j, (total * amount).to(dsource.dtype.element_ty), mask=ok)
-            if share is not None:
-                tl.store(dfirst + at * D + j, (total * tl.load(share + head)).to(dfirst.dtype.element_ty), mask=ok)
-                along = tl.sum(total * tl.load(first + at * D + j, mask=ok, other=0.0).to(tl.float32), 1)[:, None]
-                tl.store(dshare + at, along, mask=known)
+                total += tl.load(part + copy * D, mask=ok, other=0.0).to(tl.float32)
+            tl.store(dsource, (total * amount).to(dsource.dtype.element_ty), mask=ok)
         else:
-            value = tl.load(source + j, mask=ok, other=0.0).to(tl.float32) * amount
-            if share is not None:
-                value += tl.load(share + head) * tl.load(first + at * D + j, mask=ok, other=0.0).to(tl.float32)
-            value = value.to(own.dtype.element_ty)
-            tl.store(own + at * D + j, value, mask=ok)
+            value = (tl.load(source, mask=ok, other=0.0).to(tl.float32) * amount).to(own.dtype.element_ty)
+            tl.store(own, value, mask=ok)
             for copy in tl.static_range(COPIES):
-                tl.store(part + copy * D + j, value, mask=ok)
+                tl.store(part + copy * D, value, mask=ok)
 
     @triton.jit(do_not_specialize=["N", "T"])
-    def qkv_heads_kernel(qkv, factor, gain, cos, sin, begins, first, share, q, k, v, own, dqkv, dgain, dfirst, dshare, N, T, eps,
-                         H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr,
-                         HALF_WIDE: tl.constexpr, FROM: tl.constexpr, BLOCK: tl.constexpr, COPIES: tl.constexpr, BACKWARD: tl.constexpr):
-        """BLOCK tokens of one head per program. Forward fills q, k, v, own; backward reads their gradients there and fills dqkv, dfirst
-        and each token's part of dgain, dshare. A key's dimensions from FROM on go to the next token. All accesses are vectors."""
+    def qkv_heads_kernel(qkv, factor, gain, cos, sin, q, k, v, own, dqkv, dgain, N, T, eps, H: tl.constexpr, K: tl.constexpr,
+                         D: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr, HALF_WIDE: tl.constexpr, BLOCK: tl.constexpr,
+                         COPIES: tl.constexpr, BACKWARD: tl.constexpr):
+        """BLOCK tokens of one head per program. Forward fills q, k, v, own; backward reads their gradients there and fills
+        dqkv and each token's share of dgain. The rotated halves a and b have tiles of their own: all accesses are vectors."""
         slot, row = tl.program_id(0) % (H + 2 * K), tl.program_id(0) // (H + 2 * K) * BLOCK + tl.arange(0, BLOCK)
         i, j = tl.arange(0, HALF_WIDE)[None, :], tl.arange(0, WIDE)[None, :]
         token = row.to(tl.int64)[:, None]
         ok, turned = (row < N)[:, None] & (j < D), (row < N)[:, None] & (i < HALF)
-        head = token * ((H + 2 * K) * D) + slot * D
-        source, dsource = qkv + head, dqkv + head
+        source = qkv + token * ((H + 2 * K) * D) + slot * D
+        dsource = dqkv + token * ((H + 2 * K) * D) + slot * D
         if slot < H:
             part = q + token * (H * D) + slot * D
         elif slot < H + K:
@@ -1647,14 +1616,12 @@ if triton is not None:
         else:
             part = v + (token * K + slot - H - K) * (COPIES * D)
         if slot >= H + K:
-            copy_values(source, factor, first, share, part, own, dsource, dfirst, dshare, token, slot - H - K, j, ok, K, D, COPIES,
-                        BACKWARD)
+            value_amount = tl.full((BLOCK, 1), 1.0, tl.float32)
+            if factor is not None:
+                value_amount = tl.load(factor + row, mask=row < N, other=0.0)[:, None]
+            copy_values(source + j, value_amount, part + j, own + (token * K + slot - H - K) * D + j, dsource + j, ok, D, COPIES, BACKWARD)
         else:
-            rest, stay = ok & (j >= 2 * HALF), ok & (j >= 2 * HALF)
-            if begins is not None:
-                start = tl.where(slot < H, D, FROM)
-                stay = rest & ((tl.load(begins + row, mask=row < N, other=1) != 0)[:, None] | (j < start))
-                move = rest & (j >= start) & (tl.load(begins + row + 1, mask=row + 1 < N, other=1) == 0)[:, None]
+            rest = ok & (j >= 2 * HALF)
             c = tl.load(cos + (row % T)[:, None] * HALF + i, mask=turned, other=0.0)
             s = tl.load(sin + (row % T)[:, None] * HALF + i, mask=turned, other=0.0)
             x = tl.load(source + j, mask=ok, other=0.0).to(tl.float32)
@@ -1668,11 +1635,9 @@ if triton is not None:
                 g, ga, gb = tl.zeros_like(x), tl.zeros_like(a), tl.zeros_like(b)
                 for copy in tl.static_range(COPIES):
                     if slot >= (H if copy > 0 else 0):
-                        g += tl.load(part + copy * D + j, mask=stay, other=0.0).to(tl.float32)
+                        g += tl.load(part + copy * D + j, mask=rest, other=0.0).to(tl.float32)
                         ga += tl.load(part + copy * D + i, mask=turned, other=0.0).to(tl.float32)
                         gb += tl.load(part + copy * D + HALF + i, mask=turned, other=0.0).to(tl.float32)
-                        if begins is not None:
-                            g += tl.load(part + (K * COPIES + copy) * D + j, mask=move, other=0.0).to(tl.float32)
                 da, db = ga * c - gb * s, ga * s + gb * c
                 along = (tl.sum(g * x, 1) + tl.sum(a * da + b * db, 1))[:, None] * scale
                 if slot < H:
@@ -1684,50 +1649,40 @@ if triton is not None:
             else:
                 for copy in tl.static_range(COPIES):
                     if slot >= (H if copy > 0 else 0):
-                        tl.store(part + copy * D + j, (amount * x).to(q.dtype.element_ty), mask=stay)
+                        tl.store(part + copy * D + j, (amount * x).to(q.dtype.element_ty), mask=rest)
                         tl.store(part + copy * D + i, (amount * (a * c + b * s)).to(q.dtype.element_ty), mask=turned)
                         tl.store(part + copy * D + HALF + i, (amount * (b * c - a * s)).to(q.dtype.element_ty), mask=turned)
-                        if begins is not None:
-                            tl.store(part + (K * COPIES + copy) * D + j, (amount * x).to(q.dtype.element_ty), mask=move)
 
-    def launch_qkv_heads(qkv, factor, gain, cos, sin, kv_heads, copies, begins, first, share, q, *outputs, backward):
+    def launch_qkv_heads(qkv, factor, gain, cos, sin, kv_heads, copies, q, k, v, own, dqkv, dgain, backward):
         n, heads, d, half = qkv.shape[0] * qkv.shape[1], len(gain), q.shape[-1], cos.shape[1]
         block, warps = QKV_BLOCKS[backward]
-        begins = begins if begins is None else begins.view(torch.uint8)
         qkv_heads_kernel[(triton.cdiv(n, block) * (heads + 2 * kv_heads),)](
-            qkv, factor, gain, cos, sin, begins, first, share, q, *outputs, n, qkv.shape[1], NORM_EPS, H=heads, K=kv_heads, D=d,
-            WIDE=triton.next_power_of_2(d), HALF=half, HALF_WIDE=triton.next_power_of_2(max(half, 1)), FROM=shifted_from(d, 2 * half),
-            BLOCK=block, COPIES=copies, BACKWARD=backward, num_warps=warps)
+            qkv, factor, gain, cos, sin, q, k, v, own, dqkv, dgain, n, qkv.shape[1], NORM_EPS, H=heads, K=kv_heads, D=d,
+            WIDE=triton.next_power_of_2(d), HALF=half, HALF_WIDE=triton.next_power_of_2(max(half, 1)), BLOCK=block,
+            COPIES=copies, BACKWARD=backward, num_warps=warps)
 
-    def allocate_qkv_heads(qkv, factor, gain, cos, sin, kv_heads, copies, begins, first, share):
+    def allocate_qkv_heads(qkv, factor, gain, cos, sin, kv_heads, copies):
         B, T, width = qkv.shape
         d = width // (len(gain) + 2 * kv_heads)
         return tuple(qkv.new_empty(B, T, count, d) for count in (len(gain), kv_heads * copies, kv_heads * copies, kv_heads))
 
-    def allocate_qkv_gradients(x, factor, gain, cos, sin, kv_heads, copies, begins, first, share, *_):
-        tokens = x.shape[0] * x.shape[1]
-        return (torch.empty_like(x), gain.new_empty(tokens, len(gain)), x.new_empty(0) if first is None else torch.empty_like(first),
-                gain.new_empty(0 if first is None else tokens, kv_heads))
-
-    QKV_ARGUMENTS = ("Tensor qkv, Tensor? factor, Tensor gain, Tensor cos, Tensor sin, int kv_heads, int copies, Tensor? begins, "
-                     "Tensor? first, Tensor? share")
     qkv_heads_forward = fused_op(
-        f"qkv_heads({QKV_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-        allocate_qkv_heads, lambda x, *rest: launch_qkv_heads(x, *rest, x, rest[1], x, rest[1], backward=False))
+        "qkv_heads(Tensor qkv, Tensor? factor, Tensor gain, Tensor cos, Tensor sin, int kv_heads, int copies)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        allocate_qkv_heads, lambda x, *rest: launch_qkv_heads(x, *rest, x, rest[1], False))
     qkv_heads_backward = fused_op(
-        f"qkv_heads_backward({QKV_ARGUMENTS}, Tensor dq, Tensor dk, Tensor dv, Tensor dv2) -> (Tensor, Tensor, Tensor, Tensor)",
-        allocate_qkv_gradients,
-        lambda *args: launch_qkv_heads(*args[:10], *(g.contiguous() for g in args[10:14]), *args[14:], backward=True))
+        "qkv_heads_backward(Tensor qkv, Tensor? factor, Tensor gain, Tensor cos, Tensor sin, int kv_heads, int copies,"
+        " Tensor dq, Tensor dk, Tensor dv, Tensor dv2) -> (Tensor, Tensor)",
+        lambda x, factor, gain, *_: (torch.empty_like(x), gain.new_empty(x.shape[0] * x.shape[1], len(gain))),
+        lambda *args: launch_qkv_heads(*args[:7], *(g.contiguous() for g in args[7:11]), *args[11:], True))
 
     def save_qkv_heads(ctx, inputs, output):
-        ctx.kv_heads, ctx.copies = inputs[5:7]
-        ctx.save_for_backward(*inputs[:5], *inputs[7:])
+        *tensors, ctx.kv_heads, ctx.copies = inputs
+        ctx.save_for_backward(*tensors)
 
     def grad_qkv_heads(ctx, *grads):
-        saved = ctx.saved_tensors
-        dx, dgain, dfirst, dshare = qkv_heads_backward(*saved[:5], ctx.kv_heads, ctx.copies, *saved[5:], *grads)
-        late = (None, None) if saved[6] is None else (dfirst, dshare.sum(0))
-        return dx, None, dgain.sum(0), *[None] * 5, *late
+        dx, dgain = qkv_heads_backward(*ctx.saved_tensors, ctx.kv_heads, ctx.copies, *grads)
+        return dx, None, dgain.sum(0), *[None] * 4
 
     qkv_heads_forward.register_autograd(grad_qkv_heads, setup_context=save_qkv_heads)
 
@@ -1735,13 +1690,11 @@ if triton is not None:
 @kernel(qkv_heads_reference, lambda c, device: (
     torch.ones(1, 64, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, dtype=torch.bfloat16, device=device),
     torch.ones(1, 64, device=device), torch.ones(c.num_heads, device=device), *rotary_table(64, c, 64, device), c.num_kv_heads,
-    c.num_heads // c.num_kv_heads, torch.ones(1, 64, dtype=torch.bool, device=device),
-    torch.ones(1, 64, c.num_kv_heads, c.head_dim, dtype=torch.bfloat16, device=device), torch.ones(c.num_kv_heads, device=device)))
-def qkv_heads(qkv: Tensor, factor_BT: Tensor | None, gain_H: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, copies: int,
-              begins_BT: Tensor | None, first_BTKd: Tensor | None, share_K: Tensor | None) -> tuple[Tensor, ...]:
-    """One kernel for norms, rotary embedding, gain, shift and shared values of all heads, and one for their gradients (Triton)."""
-    begins, first = (t if t is None else t.contiguous() for t in (begins_BT, first_BTKd))
-    return qkv_heads_forward(qkv.contiguous(), factor_BT, gain_H, cos, sin, kv_heads, copies, begins, first, share_K)
+    c.num_heads // c.num_kv_heads))
+def qkv_heads(qkv: Tensor, factor_BT: Tensor | None, gain_H: Tensor, cos: Tensor, sin: Tensor, kv_heads: int,
+              copies: int) -> tuple[Tensor, ...]:
+    """One kernel for norms, rotary embedding and gain of all heads, and one for their gradients (Triton)."""
+    return qkv_heads_forward(qkv.contiguous(), factor_BT, gain_H, cos, sin, kv_heads, copies)
 
 
 def gated_heads_reference(y_BTHd: Tensor, v_BTKd: Tensor, z_BTH: Tensor, xsa: bool, scale: float, factor: float) -> Tensor:
@@ -1956,11 +1909,6 @@ class Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         return weighted_sum(tuple(g for g in grads if g is not None), None, None)[0], None
-
-
-def share_out(x: Tensor, count: int) -> list[Tensor]:
-    """x for so many readers (see Shared)."""
-    return [*Shared.apply(x, count)] if count and x.requires_grad else [x] * count
 
 
 def past_attention_reference(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, keys_BPKd: Tensor, values_BPKd: Tensor,
@@ -2251,7 +2199,6 @@ PER_LAYER_NAMES = {
     "mlp_up_bank": ("blocks.{}.mlp.fc.weight",),
     "mlp_down_bank": ("blocks.{}.mlp.proj.weight",),
     "q_gain": ("blocks.{}.attn.q_gain",),
-    "value_share": ("blocks.{}.attn.value_share",),
     "attn_gate_w": ("blocks.{}.attn.attn_gate_w",),
     "attn_scale": ("blocks.{}.attn_scale",),
     "mlp_scale": ("blocks.{}.mlp_scale",),
@@ -2298,11 +2245,6 @@ class Past(NamedTuple):
     at: Tensor              # [T]: places of the live tokens
     window: int             # positions that one position sees, itself included
 
-    def shift_in(self, k: Tensor, start: int) -> Tensor:
-        """The first live key with the part from `start` on that the ring has of it: from the token before, which was live then too."""
-        move = torch.where(self.position > 0, self.k[:, self.at[:1], :, start:], k[:, :1, :, start:])
-        return torch.cat((torch.cat((k[:, :1, :, :start], move), 3), k[:, 1:]), 1)
-
 
 class Layer(NamedTuple):
     """One layer's tensors, matrices in the compute precision, and the skip that enters this pass (or None)."""
@@ -2311,7 +2253,6 @@ class Layer(NamedTuple):
     up: Tensor              # [M, D]
     down: Tensor            # [D, M], its rows times mlp_scale
     q_gain: Tensor          # [H]
-    value_share: Tensor | None  # [K]: of the first pass's values
     gate: Tensor | None     # [H, window or D]
     attn_scale: Tensor      # [D]: for adapters beside o
     mlp_scale: Tensor       # [D]: for adapters beside down
@@ -2462,12 +2403,10 @@ class PassShape(NamedTuple):
 
 
 def attention(parts: tuple[Tensor, ...], weights_CD: Tensor | None, w: Layer, segments, rope, shape: PassShape, adapter: PassAdapters,
-              tap, past: Past | None = None, begins: Tensor | None = None, first: Tensor | None = None) -> tuple[Tensor, ...]:
-    """u, the weighted sum of parts [B, T, D]; the gated, document-masked attention of u normed, output projection and scale included;
-    the values [B, T, K, d].
+              tap, past: Past | None = None) -> tuple[Tensor, Tensor]:
+    """u, the weighted sum of parts [B, T, D], and the gated, document-masked attention of u normed, output projection and scale included.
 
-    With a past: the positions before these are read from it; these positions' keys and values are written there. begins, first: see
-    qkv_heads.
+    With a past: the positions before these are read from it; these positions' keys and values are written there.
     """
     B, T, D = parts[0].shape
     if tap or any(adapter) or shape.gate_kind in ("full", "out_proj"):
@@ -2480,11 +2419,8 @@ def attention(parts: tuple[Tensor, ...], weights_CD: Tensor | None, w: Layer, se
             z = F.linear((qkv if shape.gate_kind == "out_proj" else n)[..., : w.gate.shape[1]], w.gate.to(n.dtype))
     else:
         u, qkv, factor, z = normed_linear(parts, weights_CD, w.depth_scale, w.qkv, w.gate)
-    q, k, v, own = qkv_heads(qkv, factor, w.q_gain, *rope, shape.kv_heads, shape.kv_copies if past is None else 1, begins, first,
-                             None if first is None else w.value_share)
+    q, k, v, own = qkv_heads(qkv, factor, w.q_gain, *rope, shape.kv_heads, shape.kv_copies if past is None else 1)
     if past is not None:
-        if begins is not None:
-            k = past.shift_in(k, shifted_from(k.shape[3], 2 * rope[0].shape[1]))
         past.k.index_copy_(1, past.at, k.detach())
         past.v.index_copy_(1, past.at, v.detach())
         y = past_attention(q, k, v, past.k, past.v, past.position, past.window)
@@ -2499,7 +2435,7 @@ def attention(parts: tuple[Tensor, ...], weights_CD: Tensor | None, w: Layer, se
         tap("attn", n)
         tap("attn.proj", y)
     out = linear(y, w.o)
-    return u, out if adapter.o is None else adapter.o.rows_times(w.attn_scale)(n, out), own
+    return u, out if adapter.o is None else adapter.o.rows_times(w.attn_scale)(n, out)
 
 
 def mlp(parts: tuple[Tensor, ...], w: Layer, adapter: PassAdapters, tap, onto: bool = False) -> Tensor:
@@ -2519,12 +2455,11 @@ NO_ADAPTERS = PassAdapters()
 
 
 def block(x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip | None, w: Layer, segments, rope, shape: PassShape,
-          adapter: PassAdapters = NO_ADAPTERS, tap=None, past: Past | None = None, begins: Tensor | None = None,
-          first: Tensor | None = None):
-    """One pass over a layer -> (x, lane, values). x: the stream (with two lanes: the attention lane).
+          adapter: PassAdapters = NO_ADAPTERS, tap=None, past: Past | None = None):
+    """One pass over a layer -> (x, lane). x: the stream (with two lanes: the attention lane).
 
     lane: the MLP lane or None. A U-Net skip is merged into x first. tap(role, input) sees the input of every matrix
-    (calibration). values: of the first pass, for all later ones; else None.
+    (calibration).
     """
     dtype, stream, weights = x.dtype, (x,), w.mix
     if skip is not None:
@@ -2535,16 +2470,15 @@ def block(x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip | None, w: Laye
             stream = (x,)
         else:
             weights = torch.cat((merge * w.mix[:1], w.mix[1:]))
-    u, att, own = attention((*stream, x0), weights, w, segments, rope, shape, adapter, tap, past, begins, first)
-    values = own if first is None and w.value_share is not None else None
+    u, att = attention((*stream, x0), weights, w, segments, rope, shape, adapter, tap, past)
     if shape.kind == "sequential":
-        return mlp((u, att), w, adapter, tap, onto=True), None, values
+        return mlp((u, att), w, adapter, tap, onto=True), None
     out = mlp((u if shape.kind == "parallel" else lane,), w, adapter, tap)
     if shape.kind == "parallel":
-        return u + att + out, None, values
+        return u + att + out, None
     keep, add = w.lane_keep, w.lane_add
     return ((keep[0] * x + add[0, 0] * att + add[1, 0] * out).to(dtype),
-            (keep[1] * lane + add[0, 1] * att + add[1, 1] * out).to(dtype), values)
+            (keep[1] * lane + add[0, 1] * att + add[1, 1] * out).to(dtype))
 
 
 def embed(ids_BT: Tensor, table: Tensor, gate: Tensor | None, strength: Tensor | None, dtype: torch.dtype,
@@ -2620,7 +2554,6 @@ class GPT(nn.Module):
         self.mlp_up_bank = nn.Parameter(torch.stack([orthogonal(M, D) for _ in range(L)]))
         self.mlp_down_bank = zeros(L, D, M)
         self.q_gain = nn.Parameter(torch.full((L, H), c.qk_gain_init))
-        self.value_share = zeros(L, c.num_kv_heads) if c.value_residual_enabled else None
         self.attn_scale, self.mlp_scale = ones(L, D), ones(L, D)
         self.resid_mix = nn.Parameter(torch.tensor([1.0, 0.0])[None, :, None].repeat(L, 1, D))
         kind = c.gate_kind
@@ -2660,7 +2593,7 @@ class GPT(nn.Module):
         (q, o), (k, v) = self.qo_bank.chunk(2), cast(self.kv_bank).chunk(2)
         rows = zip(torch.cat((cast(q), k, v), 1).unbind(0), cast(o * self.attn_scale[:, :, None]).unbind(0),
                    cast(self.mlp_up_bank).unbind(0), cast(self.mlp_down_bank * self.mlp_scale[:, :, None]).unbind(0),
-                   *map(split, (self.q_gain, self.value_share, self.attn_gate_w, self.attn_scale, self.mlp_scale, self.resid_mix,
+                   *map(split, (self.q_gain, self.attn_gate_w, self.attn_scale, self.mlp_scale, self.resid_mix,
                                 self.depth_scale, self.parallel_resid_lambdas, self.parallel_post_lambdas)))
         return [Layer(*row) for row in rows]
 
@@ -2688,34 +2621,24 @@ class GPT(nn.Module):
         else:
             rope = self.rope(length, (segments.window or segments.longest) if segments else length)
         order, encoder = c.pass_order(c.num_loops if loops is None else loops)
-        x, *x0 = share_out(x, len(order) + 1)
-        begins, values = self.begins(x, segments) if c.key_shift_enabled else None, [None] * len(order)
+        x, *x0 = Shared.apply(x, len(order) + 1) if x.requires_grad else [x] * (len(order) + 1)
         weights = self.skip_weights.unbind(0) if skips is not None and self.skip_weights is not None else ()
         gates = self.skip_gates.unbind(0) if self.skip_gates is not None else (None,) * len(weights)
         for slot, i in enumerate(order):
-            flexible(x, x0[slot], lane, begins, values[slot], *rope)
+            flexible(x, x0[slot], lane, *rope)
             k = slot - encoder
             skip = Skip(skips.pop(), weights[k], gates[k]) if k >= 0 and skips else None
             if lane is None and self.shapes[i].kind == "lanes":
                 lane = x
-            x, lane, own = run(x, lane, x0[slot], skip, layers[i], segments, rope, self.shapes[i],
-                               adapters.passes[slot] if adapters else NO_ADAPTERS,
-                               (lambda role, value, i=i: tap(f"blocks.{i}.{role}", value)) if tap else None,
-                               cache.past(slot, len(x), at) if cache else None, begins, values[slot])
-            if own is not None:
-                values[1:] = share_out(own, len(order) - 1)
+            x, lane = run(x, lane, x0[slot], skip, layers[i], segments, rope, self.shapes[i],
+                          adapters.passes[slot] if adapters else NO_ADAPTERS,
+                          (lambda role, value, i=i: tap(f"blocks.{i}.{role}", value)) if tap else None,
+                          cache.past(slot, len(x), at) if cache else None)
             if k < 0:
                 skips.append(x)
         if lane is not None:
             x = {"mean": (x + lane) / 2, "attn": x, "mlp": lane}[c.parallel_final_lane]
         return x
-
-    @staticmethod
-    def begins(x_BTD: Tensor, segments: Segments | None) -> Tensor:
-        """Where segments begin, bool [B, T]: without segments every row is one."""
-        B, T, _ = x_BTD.shape
-        starts = torch.zeros(1, dtype=torch.int64, device=x_BTD.device) if segments is None else segments.cu_seqlens.long()
-        return torch.zeros(T + 1, dtype=torch.bool, device=x_BTD.device).index_fill_(0, starts, True)[:T].repeat(B, 1)
 
     def runs_compiled(self, ids_BT: Tensor, adapters: Adapters | None, tap) -> bool:
         """Taps never; a single row with adapters neither: to the compiler a size of one is another program."""

@@ -104,17 +104,14 @@ def exact_whole(n, up, down, grad, *_):
 def heads_inputs(c, tokens, device):
     H, K, d = c.num_heads, c.num_kv_heads, c.head_dim
     shapes = ((1, tokens, (H + 2 * K) * d), *((1, tokens, heads, d) for heads in (H, H, H, K)))
-    begins = torch.rand(1, tokens, device=device) < 1 / 700
-    begins[:, 0] = True
     return (torch.rand(1, tokens, device=device) + 0.5, torch.rand(H, device=device) + 1, *t.rotary_table(tokens, c, tokens, device),
-            K, H // K, begins, random(1, tokens, K, d, device=device), torch.rand(K, device=device),
-            *(random(*shape, device=device) for shape in shapes))
+            c.num_kv_heads, H // K, *(random(*shape, device=device) for shape in shapes))
 
 
 def heads_way(blocks, backward):
-    def call(*inputs):
+    def call(factor, gain, cos, sin, kv, copies, x, *grads):
         t.QKV_BLOCKS = (blocks, blocks)
-        rest, (x, *grads) = inputs[:9], inputs[9:]
+        rest = factor, gain, cos, sin, kv, copies
         return t.qkv_heads_backward(x, *rest, *grads)[:1] if backward else t.qkv_heads_forward(x, *rest)
     return call
 
@@ -122,8 +119,8 @@ def heads_way(blocks, backward):
 def heads_plain(backward, compiled=True):
     run = torch.compile(t.qkv_heads.reference, fullgraph=True) if compiled else t.qkv_heads.reference
 
-    def call(*inputs):
-        rest, (x, *grads) = inputs[:9], inputs[9:]
+    def call(factor, gain, cos, sin, kv, copies, x, *grads):
+        rest = factor, gain, cos, sin, kv, copies
         if not backward:
             return run(x, *rest)
         x = x.detach().requires_grad_()
@@ -132,8 +129,7 @@ def heads_plain(backward, compiled=True):
 
 
 def exactly(function):
-    precise = lambda x: x.double() if torch.is_tensor(x) and x.is_floating_point() else x
-    return lambda *inputs: tuple(y.detach() for y in function(*map(precise, inputs)))
+    return lambda *inputs: tuple(y.detach() for y in function(*(x.double() if torch.is_tensor(x) else x for x in inputs)))
 
 
 def sum_inputs(c, tokens, device):

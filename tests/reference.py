@@ -93,8 +93,7 @@ class Reference:
     def __init__(self, weights, c):
         self.w, self.c = {name: np.asarray(t, np.float64) for name, t in weights.items()}, c
 
-    def attend(self, i, n, starts, context, first=None):
-        """Inputs of the output projection, its result, values; first: values of the first pass."""
+    def attend(self, i, n, starts, context):
         c, w = self.c, self.w
         T, H, d = len(n), c.num_heads, c.model_dim // c.num_heads
         base = c.rope_base
@@ -110,12 +109,6 @@ class Reference:
                 q[t, h] = rotate(q[t, h], t, c.rope_dims, base) * w[p + "q_gain"][h]
             for h in range(c.num_kv_heads):
                 k[t, h] = rotate(k[t, h], t, c.rope_dims, base)
-        if c.key_shift_enabled:
-            own, half = k.copy(), c.rope_dims + (d - c.rope_dims) // 2
-            for t in set(range(T)) - set(starts):
-                k[t, :, half:] = own[t - 1, :, half:]
-        if first is not None:
-            v = v + w[p + "value_share"][:, None] * first
         y = attention(q, k, v, starts)
         if i >= c.num_layers - c.xsa_last_n:
             y = remove_own_value(y, v)
@@ -129,7 +122,7 @@ class Reference:
                 elif c.attn_out_gate_enabled:
                     source = (q_raw if c.attn_out_gate_src == "proj" else n)[t, : c.gate_window]
                     y[t, h] *= 2 * sigmoid(w[p + "attn_gate_w"][h] @ source)
-        return y.reshape(T, -1), w[f"blocks.{i}.attn_scale"] * (y.reshape(T, -1) @ w[p + "proj.weight"].T), v
+        return y.reshape(T, -1), w[f"blocks.{i}.attn_scale"] * (y.reshape(T, -1) @ w[p + "proj.weight"].T)
 
     def hidden(self, i, n):
         z = n @ self.w[f"blocks.{i}.mlp.fc.weight"].T
@@ -145,7 +138,7 @@ class Reference:
         if c.smear_gate_enabled:
             x = smear(x, ids, w["smear_gate.weight"][0], w["smear_lambda"][0])
         x = x0 = rms_norm(x)
-        mlp_lane, skips, first = None, [], None
+        mlp_lane, skips = None, []
         order, encoder = layer_order(c, c.num_loops if loops is None else loops)
         for slot, i in enumerate(order):
             two_lanes = 0 < c.parallel_start_layer <= i
@@ -163,9 +156,7 @@ class Reference:
             mix = w[f"blocks.{i}.resid_mix"]
             u = mix[0] * x + mix[1] * x0
             n = scale * rms_norm(u)
-            y, att, v = self.attend(i, n, starts, limit, first)
-            if slot == 0 and c.value_residual_enabled:
-                first = v
+            y, att = self.attend(i, n, starts, limit)
             record(f"blocks.{i}.attn", n)
             record(f"blocks.{i}.attn.proj", y)
             down, b = w[f"blocks.{i}.mlp.proj.weight"], w[f"blocks.{i}.mlp_scale"]

@@ -113,7 +113,6 @@ def test_defaults_are_within_their_own_limits():
     (dict(VAL_BATCH_TOKENS=8192), ["VAL_BATCH_TOKENS=8192", "EVAL_SEQ_LEN=2048"]),
     (dict(GPTQ_RESERVE_SECONDS=600), ["GPTQ_RESERVE_SECONDS=600", "MAX_WALLCLOCK_SECONDS=600"]),
     (dict(EVAL_ONLY=1, TTT_EVAL_ONLY=0), ["EVAL_ONLY", "TTT_EVAL_ONLY"]),
-    (dict(TTT_ENABLED=1, TTT_LIVE_TOKENS=0, KEY_SHIFT_ENABLED=1), ["TTT_LIVE_TOKENS=0", "KEY_SHIFT_ENABLED=1"]),
     (dict(EVAL_STRIDE=2049, SLIDING_WINDOW_ENABLED=1), ["EVAL_STRIDE=2049", "EVAL_SEQ_LEN=2048"]),
 ])
 def test_contradictions_name_their_knobs(settings, words):

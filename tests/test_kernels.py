@@ -79,7 +79,7 @@ def heads_inputs(B, T, H, K, d, half, device, dtype):
     return qkv, (torch.rand(H, generator=g) + 1).to(device), angles.cos().to(device), angles.sin().to(device)
 
 
-def heads_float64(qkv, gain, cos, sin, kv, copies, factor, begins, first, share):
+def heads_float64(qkv, gain, cos, sin, kv, copies):
     """The same in torch float64 without any of train_gpt's code (differentiable)."""
     B, T, _ = qkv.shape
     H, half = len(gain), cos.shape[1]
@@ -91,41 +91,28 @@ def heads_float64(qkv, gain, cos, sin, kv, copies, factor, begins, first, share)
         c, s = cos.double()[None, :, None], sin.double()[None, :, None]
         return torch.cat((a * c + b * s, b * c - a * s, rest), -1)
 
-    k = turned(k)
-    if begins is not None:
-        start = 2 * half + (k.shape[3] - 2 * half) // 2
-        k = torch.stack([torch.stack([row[t] if begins[b, t] else torch.cat((row[t, :, :start], row[t - 1, :, start:]), 1) for t in range(T)])
-                         for b, row in enumerate(k)])
-    v = v * (1 if factor is None else factor.double().cpu()[..., None, None])
-    if first is not None:
-        v = v + share[None, None, :, None] * first
-    return turned(q) * gain.double()[None, None, :, None], k.repeat_interleave(copies, 2), v.repeat_interleave(copies, 2), v
+    return turned(q) * gain.double()[None, None, :, None], turned(k).repeat_interleave(copies, 2), v.repeat_interleave(copies, 2), v
 
 
 def check_heads(function, device, dtype, tolerance):
-    """With and without factor, shift (one segment a row, several, one token each) and shared values."""
-    for (B, T, H, K, d, half), copies, extras in zip(HEADS_CASES * 2, (1, 2, 3, 2) * 2, ("", "f", "b", "fv", "bv", "fbv", "v", "fbv")):
+    for (B, T, H, K, d, half), copies in zip(HEADS_CASES, (1, 2, 3, 2)):
         qkv, gain, cos, sin = heads_inputs(B, T, H, K, d, half, device, dtype)
-        g = torch.Generator().manual_seed(9)
-        factor = torch.rand(B, T, generator=g).to(device) + 0.5 if "f" in extras else None
-        begins, first, share = None, None, None
-        if "b" in extras:
-            begins = torch.rand(B, T, generator=g) < torch.tensor((0.0, 0.4, 1.0)).repeat(B)[:B, None]
-            begins[:, 0] = True
-        if "v" in extras:
-            first, share = torch.randn(B, T, K, d, generator=g).to(dtype).to(device), torch.randn(K, generator=g).to(device)
-        (qkv, gain, first, share), exact = leaves_of(qkv, gain, first, share)
-        expected = heads_float64(*exact[:2], cos.cpu(), sin.cpu(), K, copies, factor, begins, *exact[2:])
-        begins = begins if begins is None else begins.to(device)
+        factor = torch.rand(B, T, generator=torch.Generator().manual_seed(9)).to(device) + 0.5 if copies == 2 else None
+        exact = [qkv.double().cpu().requires_grad_(), gain.double().cpu().requires_grad_()]
+        expected = heads_float64(*exact, cos.cpu(), sin.cpu(), K, copies)
+        if factor is not None:
+            expected = *expected[:2], *(v * factor.double().cpu()[..., None, None] for v in expected[2:])
+        leaves = [qkv.requires_grad_(), gain.requires_grad_()]
         poison(device)
-        out = function(qkv, factor, gain, cos, sin, K, copies, begins, first, share)
+        out = function(leaves[0], factor, leaves[1], cos, sin, K, copies)
         g = torch.Generator().manual_seed(2)
         grads = [torch.randn(t.shape, generator=g).to(dtype) for t in expected]
         for a, b, name in zip(out, expected, ("q", "k", "v", "own")):
             near(a, b.detach(), tolerance, name)
         torch.autograd.backward(out, [x.to(device) for x in grads])
         torch.autograd.backward(expected, [x.double() for x in grads])
-        check_gradients((qkv, gain, first, share), exact, tolerance)
+        near(leaves[0].grad, exact[0].grad, tolerance, "dqkv")
+        near(leaves[1].grad, exact[1].grad, tolerance, "dgain")
 
 
 def gated_float64(y, v, z, xsa, scale, factor):
@@ -372,8 +359,7 @@ def test_references_equal_float64(name):
 def check_networks():
     """Whole networks of fast kernels, in float32: loss and every parameter's gradient equal the plain network's in float64. What one
     kernel leaves to the next (norm factors, rounded sums) has to meet."""
-    for settings in (dict(NUM_LOOPS=1), dict(NUM_LOOPS=0, PARALLEL_START_LAYER=0, PARALLEL_RESIDUAL_START=3, SKIP_GATES_ENABLED=0,
-                                             KEY_SHIFT_ENABLED=1, VALUE_RESIDUAL_ENABLED=1)):
+    for settings in (dict(NUM_LOOPS=1), dict(NUM_LOOPS=0, PARALLEL_START_LAYER=0, PARALLEL_RESIDUAL_START=3, SKIP_GATES_ENABLED=0)):
         found, call = [], tg.Kernel.__call__
         for dtype in (torch.float64, torch.float32):
             model = toy.randomise(tg.GPT(toy.config(**settings), torch.device("cpu"))).to(dtype)
@@ -421,7 +407,7 @@ def test_any_number_of_rows_and_positions_is_one_graph(name):
     """Traced with unknown sizes, a kernel must not pin the first two down: test-time training would compile for each."""
     ones = torch.ones
     inputs = {"softcap_ce": lambda: (ones(37, 50), ones(37, dtype=torch.int64), 30.0),
-              "qkv_heads": lambda: (ones(5, 37, 8 * 16), None, ones(4), ones(37, 3), ones(37, 3), 2, 2, ones(5, 37).bool(), ones(5, 37, 2, 16), ones(2)),
+              "qkv_heads": lambda: (ones(5, 37, 8 * 16), None, ones(4), ones(37, 3), ones(37, 3), 2, 2),
               "gated_heads": lambda: (ones(5, 37, 4, 16), ones(5, 37, 2, 16), ones(5, 37, 4), True, 1.0, 1.0),
               "leaky_mlp": lambda: (ones(5, 37, 16), ones(()), ones(48, 16), ones(16, 48), True),
               "normed_linear": lambda: (ones(5, 37, 16), ones(2, 16), ones(()), ones(24, 16), ones(4, 3))}[name]()

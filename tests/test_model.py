@@ -26,9 +26,6 @@ VARIANTS = {
     "no_gate": dict(SPARSE_ATTN_GATE_ENABLED=0),
     "gate_scale": dict(SPARSE_ATTN_GATE_SCALE=2, GATE_WINDOW=32),
     "no_smear": dict(SMEAR_GATE_ENABLED=0),
-    "key_shift": dict(KEY_SHIFT_ENABLED=1),
-    "value_residual": dict(VALUE_RESIDUAL_ENABLED=1, LOOP_START=0),
-    "key_shift_and_value_residual": dict(KEY_SHIFT_ENABLED=1, VALUE_RESIDUAL_ENABLED=1),
     "no_skip_gates": dict(SKIP_GATES_ENABLED=0),
     "no_xsa": dict(XSA_LAST_N=0),
     "xsa_last_2": dict(XSA_LAST_N=2),
@@ -115,29 +112,6 @@ def test_smear_and_its_bos_mask():
     plain = tg.embed(batch.ids, model.tok_emb, None, None, torch.float32)[0]
     same = (x == plain).all(-1)
     assert same.nonzero().flatten().tolist() == list(DOCUMENTS)
-
-
-def test_keys_are_half_those_of_the_token_before_and_later_values_hold_the_first():
-    """What qkv_heads gets is what attention sees: recorded at both ends of the whole network."""
-    model, batch, calls = toy.model(toy.config(KEY_SHIFT_ENABLED=1, VALUE_RESIDUAL_ENABLED=1)), packed(), []
-    kernel = tg.qkv_heads
-    tg.qkv_heads = lambda *args: calls.append((args, kernel(*args))) or calls[-1][1]
-    try:
-        model.losses(batch.ids, batch.targets, batch.segments)
-    finally:
-        tg.qkv_heads = kernel
-    start = tg.shifted_from(8, 4)
-    assert (start, len(calls)) == (6, len(model.config.pass_order(2)[0]))
-    starts = [0, *(int(a) for a in batch.segments.cu_seqlens if 0 < a < batch.ids.shape[1])]
-    for number, (args, (_, k, v, own)) in enumerate(calls):
-        _, plain, bare, _ = kernel(*args[:7], None, None, None)
-        assert args[7][0].nonzero().flatten().tolist() == sorted(set(starts))
-        for t in range(1, k.shape[1]):
-            assert torch.equal(k[0, t, :, :start], plain[0, t, :, :start])
-            assert torch.equal(k[0, t, :, start:], plain[0, t if t in starts else t - 1, :, start:])
-        share = 0 if number == 0 else args[9][:, None] * calls[0][1][3]
-        torch.testing.assert_close(own, bare + share)
-        assert torch.equal(v, own) and (number == 0) == (args[8] is None)
 
 
 def attention_case(heads, kv, cuts, total, d=8, device="cpu", dtype=torch.float32, seed=0):

@@ -66,8 +66,6 @@ TECHNIQUES = [
     ("parallel_start_layer", lambda v: v > 0, "two-lane parallel decoder", "the lineage of PR #1855"),
     ("smear_gate_enabled", bool, "smear gate", "the lineage of PR #1855"),
     ("sparse_attn_gate_enabled", bool, "sparse attention gate", "the lineage of PR #1855"),
-    ("key_shift_enabled", bool, "shifted keys", "modded-nanogpt (partial key offset)"),
-    ("value_residual_enabled", bool, "value residual", "Zhou et al. (arXiv 2410.17897)"),
     ("muon_row_normalize", bool, "row-normalised Muon", "Keller Jordan (Muon), @bigbag (PR #1217)"),
     ("polar_express", bool, "Polar Express steps", "Amsel et al. (arXiv 2505.16932)"),
     ("matrix_clip_sigmas", lambda v: v > 0, "GPTQ", "Frantar et al. (arXiv 2210.17323)"),
