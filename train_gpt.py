@@ -4615,10 +4615,14 @@ def slim_source(source: str) -> str:
     for f in (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda)) and node not in kernels):
         while f.args.args and f.args.args[0].arg not in named:      # positional only: free to be renamed
             f.args.posonlyargs.append(f.args.args.pop(0))
-    return python_minifier.minify(
+    slim = python_minifier.minify(
         ast.unparse(tree), remove_literal_statements=True, hoist_literals=False, remove_annotations=False, combine_imports=True,
         rename_globals=True, preserve_globals=KEPT_NAMES + [f.name for f in functions if f.name.endswith("_reference")],
         preserve_locals=[a.arg for f in kernels for a in arguments(f) if a.annotation])        # constants come by name
+    for node in ast.walk(tree):         # all trees share contexts and operators: the minifier left links to its whole tree there,
+        if not node._fields:            # and Triton deep-copies a context for every `x += y` of a kernel that it compiles
+            node.__dict__.clear()
+    return slim
 
 
 def escape(data: bytes) -> str:

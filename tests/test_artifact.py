@@ -207,3 +207,9 @@ def test_kernels_keep_their_constants_in_the_shipped_script():
     """However a kernel is decorated: without its annotations Triton would take constants for numbers."""
     source = tg.script_source()
     assert tg.slim_source(source).count(".constexpr") == source.count(": tl.constexpr") > 40
+
+
+def test_packing_leaves_nothing_on_what_all_syntax_trees_share(packed):
+    """Triton deep-copies a context for every `x += y` of a kernel: with the minifier's links to its tree a kernel took 18 s."""
+    shared = [node for node in ast.walk(ast.parse("x = -a + b\nx += not c\ndel x[a and b, c < d]")) if not node._fields]
+    assert len(shared) > 10 and not any(node.__dict__ for node in shared)
