@@ -187,7 +187,7 @@ def test_any_bytes_survive_between_triple_quotes(data):
 
 
 def test_packing_is_deterministic(packed):
-    assert tg.pack_script(toy.SCRIPT.read_text()) == packed
+    assert tg.pack_script.__wrapped__(toy.SCRIPT.read_text()) == packed
 
 
 def test_shipped_code_relies_on_no_assert():

@@ -27,7 +27,7 @@ def refused(settings: dict, *words):
 def test_defaults_resolve_without_warnings():
     c, warnings = tg.load_config({})
     assert not warnings
-    assert (c.num_layers, c.model_dim, c.train_batch_tokens, c.mlp_dim, c.head_dim) == (11, 512, 786432, 2048, 64)
+    assert (c.num_layers, c.model_dim, c.train_batch_tokens, c.mlp_dim, c.head_dim) == (11, 512, 786432, 2048, 128)
     assert c.data_path == "./data/datasets/fineweb10B_sp8192" and c.tokenizer_path.endswith("fineweb_8192_bpe.model")
     assert len(c.run_id) == 36 and tg.load_config({})[0].run_id != c.run_id
 
@@ -91,10 +91,10 @@ def test_defaults_are_within_their_own_limits():
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(MODEL_DIM=500), ["MODEL_DIM=500", "NUM_HEADS=8"]),
-    (dict(NUM_KV_HEADS=3), ["NUM_HEADS=8", "NUM_KV_HEADS=3"]),
+    (dict(MODEL_DIM=501), ["MODEL_DIM=501", "NUM_HEADS=4"]),
+    (dict(NUM_KV_HEADS=3), ["NUM_HEADS=4", "NUM_KV_HEADS=3"]),
     (dict(ROPE_DIMS=15), ["ROPE_DIMS=15"]),
-    (dict(ROPE_DIMS=66), ["ROPE_DIMS=66"]),
+    (dict(ROPE_DIMS=130), ["ROPE_DIMS=130"]),
     (dict(MLP_MULT=0.001), ["MLP_MULT"]),
     (dict(GATE_WINDOW=513), ["GATE_WINDOW=513", "MODEL_DIM=512"]),
     (dict(XSA_LAST_N=12), ["XSA_LAST_N=12", "NUM_LAYERS=11"]),

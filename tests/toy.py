@@ -1,5 +1,6 @@
 """Toy configurations, models and data for the tests. Everything is deterministic."""
 
+import functools
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import torch
 import train_gpt as tg
 
 SCRIPT = Path(tg.__file__).resolve()
+tg.pack_script = functools.cache(tg.pack_script)        # five seconds, and every run in this process ships the same
 VOCAB = 384
 # The smallest network with every part of the default recipe: recurrence, skips, lanes, XSA, sparse gates, SmearGate.
 NETWORK = dict(VOCAB_SIZE=VOCAB, NUM_LAYERS=6, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, MLP_MULT=2, XSA_LAST_N=6,
