@@ -391,6 +391,7 @@ def interpret():
 
 
 @pytest.mark.skipif(tg.triton is None, reason="Triton is not installed")
+@pytest.mark.skipif(tg.triton is not None and tg.triton.__version__.startswith("3.5."), reason="its interpreter refuses numpy 2.4 and these descriptors")
 def test_triton_kernels_equal_float64_under_the_interpreter():
     """TRITON_INTERPRET must be set before triton is loaded, hence a process."""
     folders = [str(toy.SCRIPT.parent), str(Path(__file__).parent)]

@@ -290,8 +290,8 @@ finally:
 
 
 def test_a_run_reaches_for_nothing_outside_its_folder(settings, tmp_path):
-    """From first step to test-time training: no network, no program but git and uname (provenance), no file written
-    elsewhere, none left over. PyTorch touches the folder of its compilation cache and what tempfile tries out."""
+    """From first step to test-time training: no network, no program but git and uname (provenance) and, of Triton, ldconfig
+    (where is CUDA), no file written elsewhere, none left over. PyTorch touches the folder of its compilation cache and what tempfile tries out."""
     place, cache = tmp_path / "place", tmp_path / "cache"
     place.mkdir()
     cache.mkdir()
@@ -304,7 +304,7 @@ def test_a_run_reaches_for_nothing_outside_its_folder(settings, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert {event for event, _ in seen} <= {"write", "run"}, seen
-    assert {" ".join(command[:2]) for event, command in seen if event == "run"} <= {"git rev-parse", "git status", "uname -p"}
+    assert {" ".join(command[:2]) for event, command in seen if event == "run"} <= {"git rev-parse", "git status", "uname -p", "/sbin/ldconfig -p"}
     outside = {p for event, p in seen if event == "write" and not p.startswith((str(tmp_path / "out"), str(cache)))} - {os.devnull}
     assert not outside and not list(place.iterdir()) and not list(cache.iterdir())
     assert set(files(tmp_path / "out")) == {"run.txt", "checkpoint.safetensors", "final_model.safetensors", ARTIFACT,

@@ -339,7 +339,8 @@ def test_signals_are_noted_once_then_default():
 def algorithms(monkeypatch):
     from torch._inductor import config as inductor
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    monkeypatch.setattr(inductor, "deterministic", False, raising=False)
+    if hasattr(inductor, "deterministic"):      # PyTorch 2.10
+        monkeypatch.setattr(inductor, "deterministic", False)
     yield
     torch.use_deterministic_algorithms(False)
 
