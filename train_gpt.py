@@ -5811,11 +5811,14 @@ def compress(run: Run, trainer: Trainer, weights: dict[str, Tensor], inputs: Inp
     quantizer = calibrate(run, trainer.model, weights, inputs.shards, c.gptq_calibration_batches, c.fisher_batches)
     packed = fit_bytes(run, quantizer, code_bytes)
     wanted, new = trainer.tokens_in_turn(quantizer), max(sum(map(len, inputs.shards)) - trainer.cursor, 0)
+    closing = CLOSING_PASSES * packed.seconds
     if wanted > new and not c.inq_reread:
         log(f"inq: none: it wants {wanted} tokens that training has not read, of which there are {new} (INQ_REREAD=1: others too)")
+    elif wanted and not run.world.max(affordable_steps(run, trainer, closing, c.inq_groups - 1)):
+        log("inq: none: the training budget has no time left for it")
     elif wanted:
         try:
-            quantize_in_turn(run, trainer, quantizer, packed.at, CLOSING_PASSES * packed.seconds)
+            quantize_in_turn(run, trainer, quantizer, packed.at, closing)
             packed = fit_bytes(run, quantizer, code_bytes, packed.at)
         except UserError as e:
             if e.code not in (1, 3):        # a gradient that is not finite, a last group too large

@@ -309,3 +309,15 @@ def test_only_text_that_training_has_not_read_is_trained_on(tmp_path, small, mon
         assert len(lines) == turns if steps and turns else lines == [none + "(INQ_REREAD=1: others too)"] * bool(steps)
     same = all(torch.equal(coded[0][name].decode(), coded[1][name].decode()) for name in coded[0])
     assert same == (turns == 0)
+
+
+@pytest.mark.parametrize("used, turns", [(10.0, 2), (995.0, 0)])
+def test_without_time_for_a_step_nothing_is_taken_in_turn(tmp_path, small, monkeypatch, used, turns):
+    """Turns without steps would cost two more quantisations, and gain nothing."""
+    trainer, run, _ = trained(tmp_path, MAX_WALLCLOCK_SECONDS=1000)
+    monkeypatch.setattr(tg, "shipped_script", lambda: b"#" * 1000)
+    trainer.step_seconds = 3.0
+    run.ledger.used["train"] = used
+    tg.compress(run, trainer, exported(trainer), tg.Inputs(SHARDS, None, []))
+    lines = [line for line in run.log.lines if line.startswith("inq: ")]
+    assert len(lines) == 2 if turns else lines == ["inq: none: the training budget has no time left for it"]
