@@ -196,7 +196,6 @@ class Config:
     clip_mult_late: float = knob(1.0, "clip multiplier, layers 8 and up", above=0)
     gptq_calibration_batches: int = knob(16, "training batches for the Hessians", at_least=1)
     lqer_enabled: bool = knob(False, "low-rank repair of the worst tensors")
-    lqer_pick: str = knob("norm", "the worst by the error's norm, or as seen through the Hessian", choices=("norm", "hessian"))
     lqer_asym_enabled: bool = knob(True, "its asymmetric int2/int4 coding")
     lqer_rank: int = knob(4, "its rank", at_least=1)
     lqer_top_k: int = knob(3, "tensors repaired", at_least=0)
@@ -3944,15 +3943,10 @@ def code_factor(x: Tensor, bits: int, group: int = 0) -> IntTensor:
     return IntTensor(q.to(torch.int8).view(x.shape).cpu(), step.cpu(), bits)
 
 
-def low_rank(error_RC: Tensor, rank: int, h_CC: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A [R, rank] and B [rank, C] with the least |(E - A B) H^1/2|, or |E - A B| without H: truncated SVD."""
+def low_rank(error_RC: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A [R, rank] and B [rank, C] with the least |E - A B|: truncated SVD. (Through the Hessian: records/2026-11-22_quantisation_h100,
+    "hand-set + LQER by Hessian", gained nothing.)"""
     e = error_RC.double()
-    if h_CC is not None:
-        h = h_CC.double()
-        lower, info = torch.linalg.cholesky_ex(h + 0.01 * h.diagonal().mean() * torch.eye(len(h), device=h.device, dtype=h.dtype))
-        if int(info) == 0 and lower.isfinite().all():
-            a, b = low_rank(e @ lower, rank, None)
-            return a, torch.linalg.solve_triangular(lower.float(), b, upper=False, left=False)
     vectors = torch.linalg.eigh(e.T @ e)[1][:, -rank:].flip(1)
     return (e @ vectors).float(), vectors.T.float()
 
@@ -3963,11 +3957,9 @@ def repair(quantizer: Quantizer, coded: dict[str, IntTensor | HalfTensor]) -> di
     c, device = quantizer.c, quantizer.world.device
     error = {n: quantizer.known.weights[n].float().to(device) - coded[n].decode().to(device)
              for n in quantizer.bits if n not in quantizer.done}         # for what is done training has made up
-    size = {n: quantizer.errors[n][0] if c.lqer_pick == "hessian" else e.square().sum().item() for n, e in error.items()}
     out = dict(coded)
-    for name in sorted(size, key=size.get, reverse=True)[: c.lqer_top_k]:
-        rank = min(c.lqer_rank, *error[name].shape)
-        a, b = low_rank(error[name], rank, quantizer.hessian[name] if c.lqer_pick == "hessian" else None)
+    for name in sorted(error, key=lambda n: error[n].square().sum().item(), reverse=True)[: c.lqer_top_k]:
+        a, b = low_rank(error[name], min(c.lqer_rank, *error[name].shape))
         if c.lqer_asym_enabled and b.numel() % c.lqer_asym_group == 0:
             factors = code_factor(a, 2, a.numel()), code_factor(b, 4, c.lqer_asym_group)
         else:

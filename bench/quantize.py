@@ -63,7 +63,6 @@ ROWS = [
     ("fisher, steps to 1.5x", {**FISHER, "fisher_coarsest": 1.5}),
     ("plain fisher", {**FISHER, "statistic": "plain"}),
     ("plain fisher row 1/4, tensor 1/4", {**HALF, "statistic": "plain"}),
-    ("hand-set + LQER by Hessian", {**HAND, **LQER, "lqer_pick": "hessian"}),
     ("adaptive (PR 1962)", {**HAND, "clip_rule": "adaptive"}),
     ("hand-set, lambda 0.175 (PR 1412)", {**HAND, "hessian_clip_lambda": 0.175}),
     ("hand-set, mixed precision", {**HAND, "mixed_precision_hessian": True}),
@@ -75,7 +74,6 @@ ON_BEST = [
     ("best, steps on 1/4 octaves", {"step_grid": 4}),
     ("best, steps on 1/16 octaves", {"step_grid": 16}),
     ("best + LQER", {"lqer_enabled": True}),
-    ("best + LQER by Hessian", {"lqer_enabled": True, "lqer_pick": "hessian"}),
 ]
 
 
