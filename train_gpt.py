@@ -99,7 +99,8 @@ class Config:
     max_wallclock_seconds: float = knob(600.0, "training budget, Hessians and GPTQ included; 0: by ITERATIONS only", at_least=0)
     gptq_reserve_seconds: float = knob(-1.0, "seconds kept back for Hessians and GPTQ; -1: measured in warm-up", at_least=-1)
     train_batch_tokens: int = knob(786432, "tokens a step over all ranks", at_least=1, at_most=2 ** 31 - 1)
-    train_seq_len: int = knob(2048, "longest document segment in training", at_least=2, at_most=2 ** 31 - 1)
+    train_seq_len: int = knob(3072, "longest document segment in training (published: 2048)", at_least=2, at_most=2 ** 31 - 1)
+    train_seq_schedule: str = knob("2048@0.7", "at first shorter ones: longest@share of the budget,... (PR 2014: 1024@0.1,2048@0.7)")
     grad_accum_steps: int = knob(0, "micro-steps a step; 0: 8 / world size, or the next that divides the batch", at_least=0)
     warmup_steps: int = knob(20, "uncounted steps per looping state, undone afterwards", at_least=0)
     warmdown_frac: float = knob(0.85, "last part of the budget in which the learning rate falls", at_least=0, at_most=1)
@@ -222,7 +223,7 @@ class Config:
     ttt_lora_lr: float = knob(2e-4, "adapter learning rate (published protocol: 1e-4)", at_least=0)
     ttt_chunk_size: int = knob(24, "tokens scored between updates (published protocol: 48)", at_least=1)
     ttt_chunk_by_length: str = knob("", "chunks of shorter documents, as longest:chunk,... (PR 2014: 256:8,2000:24)")
-    ttt_eval_seq_len: int = knob(2048, "longest context", at_least=2)
+    ttt_eval_seq_len: int = knob(3072, "longest context (published: 2048)", at_least=2)
     ttt_batch_size: int = knob(96, "documents in a batch (published protocol: 64)", at_least=1)
     ttt_micro_tokens: int = knob(32768, "published: most positions in one forward and backward", at_least=1)
     ttt_grad_steps: int = knob(1, "updates a chunk", at_least=1)
@@ -292,6 +293,10 @@ class Config:
         if frac < self.enable_looping_at:
             return 0
         return min(1, self.num_loops) if frac < self.loop_phase2_at else self.num_loops
+
+    def seq_len_at(self, frac: float) -> int:
+        """Longest document segment in training after `frac` of the budget."""
+        return min([longest for longest, until in seq_schedule(self) if frac < until][:1] + [self.train_seq_len])
 
     def lr_mul(self, frac: float) -> float:
         """Learning-rate multiplier after `frac` of the budget."""
@@ -415,6 +420,36 @@ def load_config(env: dict[str, str]) -> tuple[Config, list[str]]:
             if "later" in f.metadata and getattr(config, f.name) != f.default:
                 raise UserError(f"{f.name.upper()}={getattr(config, f.name)}: {f.metadata['later']}; leave it at {f.default}")
     return config, warnings
+
+
+def pairs(text: str, mark: str, *types: type) -> list[tuple]:
+    """"1:2,3:4" with mark ":" -> [(1, 2), (3, 4)]; raises ValueError."""
+    return [tuple(convert(x) for convert, x in zip(types, part.split(mark), strict=True)) for part in text.split(",") if part.strip()]
+
+
+def seq_schedule(config: Config) -> list[tuple[int, float]]:
+    """TRAIN_SEQ_SCHEDULE -> (longest segment, share of the budget at which it ends) in order; raises UserError."""
+    try:
+        rules = pairs(config.train_seq_schedule, "@", int, float)
+        shares = [share for _, share in rules]
+        if not all(longest >= 2 and 0 < share <= 1 for longest, share in rules) or shares != sorted(shares):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"TRAIN_SEQ_SCHEDULE={config.train_seq_schedule!r}: expected longest@share pairs such as 1024@0.1,2048@0.7, "
+                        "segments of at least 2 tokens, rising shares of at most 1") from None
+    return rules
+
+
+def chunk_rules(config: Config) -> list[tuple[int, int]]:
+    """TTT_CHUNK_BY_LENGTH -> (longest document, chunk) pairs in order; raises UserError."""
+    try:
+        rules = sorted(pairs(config.ttt_chunk_by_length, ":", int, int))
+        if not all(0 < chunk <= config.ttt_chunk_size for _, chunk in rules):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"TTT_CHUNK_BY_LENGTH={config.ttt_chunk_by_length!r}: expected longest:chunk pairs such as 256:8,2000:24, "
+                        f"chunks of 1 to TTT_CHUNK_SIZE={config.ttt_chunk_size}") from None
+    return rules
 
 
 def config_table(config: Config) -> str:
@@ -973,13 +1008,13 @@ class Batch(NamedTuple):
 class TokenStream:
     """Spans of tokens+1 for every rank from one shared cursor over the shards in name order, carried over their ends.
 
-    The cursor counts tokens since the start of the first epoch. Raises UserError when all shards hold less than one
-    span for every rank.
+    The cursor counts tokens since the start of the first epoch. Users of a span cut its documents at `limit`, never above `longest`.
+    Raises UserError when all shards hold less than one span for every rank.
     """
 
-    def __init__(self, shards: list[np.ndarray], rank: int, size: int, tokens: int, limit: int, vocab_size: int = 65536):
-        self.shards, self.rank, self.size, self.tokens, self.limit, self.cursor = shards, rank, size, tokens, limit, 0
-        self.vocab_size = vocab_size
+    def __init__(self, shards: list[np.ndarray], rank: int, size: int, tokens: int, longest: int, vocab_size: int = 65536):
+        self.shards, self.rank, self.size, self.tokens, self.longest, self.cursor = shards, rank, size, tokens, longest, 0
+        self.limit, self.vocab_size = longest, vocab_size
         self.ends = np.cumsum([len(s) for s in shards])
         if self.ends[-1] < size * (tokens + 1):
             raise UserError(f"the training shards hold {self.ends[-1]} tokens: one step needs {size * (tokens + 1)} "
@@ -1012,11 +1047,11 @@ class TokenStream:
         return self.cursor // int(self.ends[-1]) + 1
 
 
-def to_batch(row: np.ndarray, limit: int, cursor: int = 0) -> Batch:
-    """uint16 [T+1] -> a packed CPU batch of T positions."""
+def to_batch(row: np.ndarray, limit: int, cursor: int = 0, longest: int = 0) -> Batch:
+    """uint16 [T+1] -> a packed CPU batch of T positions, documents cut at `limit`; longest: what is compiled for, if that is more."""
     ids = torch.from_numpy(row.astype(np.int64))
     cu = torch.from_numpy(pad_cu_seqlens(segment_bounds(row[:-1], limit), len(row) - 1))
-    return Batch(ids[None, :-1], ids[None, 1:], Segments(cu, limit), cursor)
+    return Batch(ids[None, :-1], ids[None, 1:], Segments(cu, max(limit, longest)), cursor)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -1042,7 +1077,7 @@ class Prefetcher:
         try:
             while not self.stopped.is_set():
                 row, cursor = self.stream.next()
-                item = to_batch(row, self.stream.limit, cursor)
+                item = to_batch(row, self.stream.limit, cursor, self.stream.longest)
                 if self.device.type == "cuda":
                     item = Batch(item.ids.pin_memory(), item.targets.pin_memory(),
                                  Segments(item.segments.cu_seqlens.pin_memory(), item.segments.longest), item.cursor)
@@ -1064,8 +1099,16 @@ class Prefetcher:
         self.cursor = item.cursor
         return to_device(item, self.device)
 
+    def cut_at(self, limit: int) -> Prefetcher:
+        """What follows the last batch, cut at `limit`; what was read ahead is read again."""
+        self.close()
+        self.stream.cursor, self.stream.limit = self.cursor, limit
+        return Prefetcher(self.stream, self.device, self.queue.maxsize)
+
     def close(self):
         self.stopped.set()
+        with contextlib.suppress(queue.Empty):
+            self.queue.get_nowait()         # the thread may wait for room
         self.thread.join()
 
 
@@ -3170,6 +3213,9 @@ class Trainer:
                 frac = elapsed / limit if limit else self.step / c.iterations
                 if c.loops_at(frac) != loops:
                     loops = self.announce_loops(c.loops_at(frac), frac, first=loops < 0)
+                if (longest := c.seq_len_at(frac)) != stream.limit:
+                    batches = batches.cut_at(longest)
+                    run.log(f"train_seq_len:{longest} step:{self.step} frac:{frac:.3f}")
                 self.take_step(batches, loops, c.lr_mul(frac))
                 if batches.cursor // int(stream.ends[-1]) + 1 != epoch:
                     epoch = batches.cursor // int(stream.ends[-1]) + 1
@@ -4917,18 +4963,6 @@ class DocumentBatch(NamedTuple):
         return int(self.documents[:, 1].sum())
 
 
-def chunk_rules(config: Config) -> list[tuple[int, int]]:
-    """TTT_CHUNK_BY_LENGTH -> (longest document, chunk) pairs in order; raises UserError."""
-    try:
-        rules = sorted(tuple(int(x) for x in part.split(":")) for part in config.ttt_chunk_by_length.split(",") if part.strip())
-        if any(len(rule) != 2 or not 0 < rule[1] <= config.ttt_chunk_size for rule in rules):
-            raise ValueError
-    except ValueError:
-        raise UserError(f"TTT_CHUNK_BY_LENGTH={config.ttt_chunk_by_length!r}: expected longest:chunk pairs such as 256:8,2000:24, "
-                        f"chunks of 1 to TTT_CHUNK_SIZE={config.ttt_chunk_size}") from None
-    return rules
-
-
 def document_batches(documents: np.ndarray, config: Config) -> list[DocumentBatch]:
     """All documents, longest first, in batches of TTT_BATCH_SIZE that share a chunk length."""
     rules, out = chunk_rules(config), []
@@ -5572,6 +5606,7 @@ def preflight(run: Run) -> Inputs:
     c = run.config
     select_kernels(c)
     micro_batch(c, run.world.size)
+    seq_schedule(c)
     chunk_rules(c)
     paths = find_shards(c, "train") if not c.ttt_eval_only else []
     shards = [read_shard(p, c.vocab_size) for p in paths]

@@ -90,6 +90,7 @@ def check(monkeypatch, data, out, name, nproc=1, finished=(), **settings):
 
 @pytest.mark.parametrize("name, settings, words", [
     ("kernels", {"KERNELS_OFF": "none"}, "KERNELS_OFF='none'"), ("chunks", {"TTT_CHUNK_BY_LENGTH": "8"}, "TTT_CHUNK_BY_LENGTH='8'"),
+    ("training data", {"TRAIN_SEQ_SCHEDULE": "8"}, "TRAIN_SEQ_SCHEDULE='8'"),
     ("training data", {"TRAIN_BATCH_TOKENS": 2 ** 20}, "one step needs"), ("validation data", {"CASEOPS_ENABLED": 1}, "byte sidecar"),
     ("checkpoint", {"RESUME": 1}, "checkpoint.safetensors is missing")])
 def test_what_the_trainer_refuses_is_a_failed_check(monkeypatch, toy_data, tmp_path, name, settings, words):

@@ -205,6 +205,34 @@ def test_looping_and_learning_rate_follow_the_steps_without_a_budget(tmp_path):
     assert len(looped) == 2 and "step:4 frac:0.400 encoder:[0, 1, 2, 1] decoder:[2, 3, 4, 5]" in looped[0]
 
 
+def test_segments_grow_with_the_schedule_and_no_token_is_lost(tmp_path):
+    """Batches of the loop against spans of the stream cut by the rule, one by one."""
+    t, run = trainer(tmp_path, ITERATIONS=10, TRAIN_SEQ_LEN=32, TRAIN_SEQ_SCHEDULE="8@0.2,16@0.65")
+    seen = []
+    t.take_step = lambda batches, loops, lr: (seen.append(batches.next()), setattr(t, "step", t.step + 1))
+    t.loop(0.0, never)
+    stream = t.stream()
+    stream.cursor = 0
+    for batch, limit in zip(seen, [8] * 2 + [16] * 5 + [32] * 3, strict=True):
+        row, cursor = stream.next()
+        expected = tg.to_batch(row, limit)
+        assert torch.equal(batch.ids, expected.ids) and torch.equal(batch.segments.cu_seqlens, expected.segments.cu_seqlens)
+        assert batch.cursor == cursor and batch.segments.longest == 32
+    assert [line for line in run.log.lines if line.startswith("train_seq_len:")] == [
+        "train_seq_len:8 step:0 frac:0.000", "train_seq_len:16 step:2 frac:0.200", "train_seq_len:32 step:7 frac:0.700"]
+
+
+def test_no_segment_is_longer_than_train_seq_len():
+    c = toy.config(TRAIN_SEQ_LEN=32, TRAIN_SEQ_SCHEDULE="2048@0.5")
+    assert c.seq_len_at(0.0) == c.seq_len_at(0.7) == 32
+
+
+@pytest.mark.parametrize("text", ["8", "8@", "8@0", "8@1.5", "1@0.5", "8@0.5,16@0.2", "8@nan", "8@0.5@1", "8:0.5"])
+def test_bad_schedules(text):
+    with pytest.raises(tg.UserError, match="TRAIN_SEQ_SCHEDULE"):
+        tg.seq_schedule(toy.config(TRAIN_SEQ_SCHEDULE=text))
+
+
 def test_gradients_accumulate_to_the_mean_over_micro_steps(tmp_path):
     """4 micro-steps of 32 tokens and the mean of their four gradients, one by one."""
     t, _ = trainer(tmp_path, TRAIN_BATCH_TOKENS=128, GRAD_ACCUM_STEPS=4, GRAD_CLIP_NORM=0)
