@@ -102,7 +102,7 @@ class Config:
     train_seq_len: int = knob(3072, "longest document segment in training (published: 2048)", at_least=2, at_most=2 ** 31 - 1)
     train_seq_schedule: str = knob("2048@0.7", "at first shorter ones: longest@share of the budget,... (PR 2014: 1024@0.1,2048@0.7)")
     grad_accum_steps: int = knob(0, "micro-steps a step; 0: 8 / world size, or the next that divides the batch", at_least=0)
-    warmup_steps: int = knob(20, "uncounted steps per looping state, undone afterwards", at_least=0)
+    warmup_steps: int = knob(20, "uncounted steps per number of loops and longest segment, undone afterwards", at_least=0)
     warmdown_frac: float = knob(0.85, "last part of the budget in which the learning rate falls", at_least=0, at_most=1)
     min_lr: float = knob(0.1, "floor of the learning-rate multiplier", at_least=0, at_most=1)
     val_loss_every: int = knob(0, "steps between validations in training; 0: none", at_least=0)
@@ -1008,13 +1008,13 @@ class Batch(NamedTuple):
 class TokenStream:
     """Spans of tokens+1 for every rank from one shared cursor over the shards in name order, carried over their ends.
 
-    The cursor counts tokens since the start of the first epoch. Users of a span cut its documents at `limit`, never above `longest`.
+    The cursor counts tokens since the start of the first epoch; documents in a span are to be cut at `limit`.
     Raises UserError when all shards hold less than one span for every rank.
     """
 
-    def __init__(self, shards: list[np.ndarray], rank: int, size: int, tokens: int, longest: int, vocab_size: int = 65536):
-        self.shards, self.rank, self.size, self.tokens, self.longest, self.cursor = shards, rank, size, tokens, longest, 0
-        self.limit, self.vocab_size = longest, vocab_size
+    def __init__(self, shards: list[np.ndarray], rank: int, size: int, tokens: int, limit: int, vocab_size: int = 65536):
+        self.shards, self.rank, self.size, self.tokens, self.limit, self.cursor = shards, rank, size, tokens, limit, 0
+        self.vocab_size = vocab_size
         self.ends = np.cumsum([len(s) for s in shards])
         if self.ends[-1] < size * (tokens + 1):
             raise UserError(f"the training shards hold {self.ends[-1]} tokens: one step needs {size * (tokens + 1)} "
@@ -1047,11 +1047,11 @@ class TokenStream:
         return self.cursor // int(self.ends[-1]) + 1
 
 
-def to_batch(row: np.ndarray, limit: int, cursor: int = 0, longest: int = 0) -> Batch:
-    """uint16 [T+1] -> a packed CPU batch of T positions, documents cut at `limit`; longest: what is compiled for, if that is more."""
+def to_batch(row: np.ndarray, limit: int, cursor: int = 0) -> Batch:
+    """uint16 [T+1] -> a packed CPU batch of T positions."""
     ids = torch.from_numpy(row.astype(np.int64))
     cu = torch.from_numpy(pad_cu_seqlens(segment_bounds(row[:-1], limit), len(row) - 1))
-    return Batch(ids[None, :-1], ids[None, 1:], Segments(cu, max(limit, longest)), cursor)
+    return Batch(ids[None, :-1], ids[None, 1:], Segments(cu, limit), cursor)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -1077,7 +1077,7 @@ class Prefetcher:
         try:
             while not self.stopped.is_set():
                 row, cursor = self.stream.next()
-                item = to_batch(row, self.stream.limit, cursor, self.stream.longest)
+                item = to_batch(row, self.stream.limit, cursor)
                 if self.device.type == "cuda":
                     item = Batch(item.ids.pin_memory(), item.targets.pin_memory(),
                                  Segments(item.segments.cu_seqlens.pin_memory(), item.segments.longest), item.cursor)
@@ -3067,7 +3067,7 @@ def is_capturable(model: GPT) -> bool:
 class MicroStep:
     """Forward and backward of one micro-batch of `accumulate`; gradients join those that wait in the parameters.
 
-    On CUDA one graph for every number of loops and length of cu_seqlens: a step then does not depend on how fast Python is,
+    On CUDA one graph for every number of loops, longest segment and length of cu_seqlens: a step then does not depend on how fast Python is,
     and its thousand kernels follow each other without gaps.
     """
 
@@ -3077,7 +3077,7 @@ class MicroStep:
 
     def __call__(self, batch: Batch, loops: int) -> Tensor:
         """The mean loss / accumulate, detached; it holds until the next call."""
-        key = loops, len(batch.segments.cu_seqlens)
+        key = loops, batch.segments.longest, len(batch.segments.cu_seqlens)
         held = self.graphs.hold(key, batch)
 
         def differentiate():
@@ -3104,10 +3104,10 @@ class Trainer:
         self.ema = [p.detach().clone() for p in model.parameters()]
         self.step, self.pending, self.last_loss, self.cursor = 0, None, float("nan"), 0
 
-    def stream(self) -> TokenStream:
-        """The training data from where the loop left it."""
+    def stream(self, longest: int = 0) -> TokenStream:
+        """The training data from where the loop left it; longest: documents are cut there, not at TRAIN_SEQ_LEN."""
         c, world = self.run.config, self.run.world
-        stream = TokenStream(self.shards, world.rank, world.size, self.micro_tokens, c.train_seq_len, c.vocab_size)
+        stream = TokenStream(self.shards, world.rank, world.size, self.micro_tokens, longest or c.train_seq_len, c.vocab_size)
         stream.cursor = self.cursor
         return stream
 
@@ -3173,19 +3173,20 @@ class Trainer:
         return export_weights(dict(zip(names, self.ema)), self.run.config.num_layers)
 
     def warm_up(self, dry_run: Callable[[], None]) -> float:
-        """Real steps in every looping state, then everything as before; returns the seconds of a second dry_run.
+        """Real steps with every number of loops and longest segment, then everything as before; returns the seconds of a second dry_run.
 
         dry_run: a rehearsal of what the training budget must keep time for (Hessians and GPTQ on one batch).
         """
         c = self.run.config
         weights = [p.detach().clone() for p in self.model.parameters()]
-        with contextlib.closing(Prefetcher(self.stream(), self.run.world.device)) as batches:
-            for loops in sorted({c.loops_at(f) for f in (0.0, c.enable_looping_at, 1.0)}) * bool(c.warmup_steps):
+        changes = (0.0, c.enable_looping_at, *(share for _, share in seq_schedule(c)), 1.0)
+        for loops, longest in sorted({(c.loops_at(f), c.seq_len_at(f)) for f in changes}) * bool(c.warmup_steps):
+            with contextlib.closing(Prefetcher(self.stream(longest), self.run.world.device)) as batches:
                 for _ in range(c.warmup_steps):
                     self.take_step(batches, loops, 1.0)
                 self.settle()
-            dry_run()
-            seconds = self.run.world.timed(dry_run)
+        dry_run()
+        seconds = self.run.world.timed(dry_run)
         with torch.no_grad():
             for p, average, w in zip(self.model.parameters(), self.ema, weights):
                 p.copy_(w)

@@ -176,7 +176,7 @@ def test_prefetcher_gives_the_stream_in_order_and_its_cursor_is_of_what_was_used
 
 def test_prefetcher_hands_errors_over_and_always_closes(world):
     class Vanishing:
-        limit = longest = cursor = 0
+        limit = cursor = 0
 
         def __init__(self, error):
             self.error = error
@@ -193,7 +193,7 @@ def test_prefetcher_hands_errors_over_and_always_closes(world):
 
 def test_prefetcher_closes_when_an_error_waits_behind_a_full_queue(world):
     class Soon:
-        limit, longest, cursor, left = 10, 10, 0, 2
+        limit, cursor, left = 10, 0, 2
 
         def next(self):
             if not self.left:

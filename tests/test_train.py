@@ -191,6 +191,15 @@ def test_warm_up_visits_every_looping_state(tmp_path):
     assert seen == [0, 0, 1, 1, 2, 2]
 
 
+def test_warm_up_visits_every_segment_length(tmp_path):
+    t, _ = trainer(tmp_path, WARMUP_STEPS=1, TRAIN_SEQ_LEN=32, TRAIN_SEQ_SCHEDULE="8@0.1,16@0.7", ENABLE_LOOPING_AT=0.35)
+    seen = []
+    take = t.take_step
+    t.take_step = lambda batches, loops, lr: (seen.append((loops, batches.stream.limit)), take(batches, loops, lr))
+    t.warm_up(lambda: None)
+    assert seen == [(0, 8), (0, 16), (2, 16), (2, 32)]
+
+
 # ------------------------------------------------------------------------------------------------------------------ loop
 
 
@@ -217,7 +226,7 @@ def test_segments_grow_with_the_schedule_and_no_token_is_lost(tmp_path):
         row, cursor = stream.next()
         expected = tg.to_batch(row, limit)
         assert torch.equal(batch.ids, expected.ids) and torch.equal(batch.segments.cu_seqlens, expected.segments.cu_seqlens)
-        assert batch.cursor == cursor and batch.segments.longest == 32
+        assert batch.cursor == cursor and batch.segments.longest == limit
     assert [line for line in run.log.lines if line.startswith("train_seq_len:")] == [
         "train_seq_len:8 step:0 frac:0.000", "train_seq_len:16 step:2 frac:0.200", "train_seq_len:32 step:7 frac:0.700"]
 
