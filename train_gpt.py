@@ -3173,7 +3173,7 @@ class Trainer:
         return export_weights(dict(zip(names, self.ema)), self.run.config.num_layers)
 
     def warm_up(self, dry_run: Callable[[], None]) -> float:
-        """Real steps with every number of loops and longest segment, then everything as before; returns the seconds of a second dry_run.
+        """Real steps with every number of loops and length of segments, then everything as before; returns a second dry_run's seconds.
 
         dry_run: a rehearsal of what the training budget must keep time for (Hessians and GPTQ on one batch).
         """
