@@ -77,7 +77,7 @@ class UserError(Exception):
 
 
 def knob(default, meaning: str = "", **limits):
-    """A row of the table. Limits: at_least, above, at_most, below (numbers), choices (a tuple), later (why it is refused)."""
+    """A row of the table. Limits: at_least, above, at_most, below (numbers), choices (a tuple)."""
     return field(default=default, metadata={"meaning": meaning, **limits})
 
 
@@ -99,8 +99,8 @@ class Config:
     max_wallclock_seconds: float = knob(600.0, "training budget, Hessians and GPTQ included; 0: by ITERATIONS only", at_least=0)
     gptq_reserve_seconds: float = knob(-1.0, "seconds kept back for Hessians and GPTQ; -1: measured in warm-up", at_least=-1)
     train_batch_tokens: int = knob(786432, "tokens a step over all ranks", at_least=1, at_most=2 ** 31 - 1)
-    train_seq_len: int = knob(3072, "longest document segment in training (published: 2048)", at_least=2, at_most=2 ** 31 - 1)
-    train_seq_schedule: str = knob("2048@0.7", "at first shorter ones: longest@share of the budget,... (PR 2014: 1024@0.1,2048@0.7)")
+    train_seq_len: int = knob(2048, "longest document segment in training", at_least=2, at_most=2 ** 31 - 1)
+    train_seq_schedule: str = knob("", "shorter ones up to shares of the budget: longest@share,... (PR 2014: 1024@0.1,2048@0.7)")
     grad_accum_steps: int = knob(0, "micro-steps a step; 0: 8 / world size, or the next that divides the batch", at_least=0)
     warmup_steps: int = knob(20, "uncounted steps per number of loops and longest segment, undone afterwards", at_least=0)
     warmdown_frac: float = knob(0.85, "last part of the budget in which the learning rate falls", at_least=0, at_most=1)
@@ -223,7 +223,7 @@ class Config:
     ttt_lora_lr: float = knob(2e-4, "adapter learning rate (published protocol: 1e-4)", at_least=0)
     ttt_chunk_size: int = knob(24, "tokens scored between updates (published protocol: 48)", at_least=1)
     ttt_chunk_by_length: str = knob("", "chunks of shorter documents, as longest:chunk,... (PR 2014: 256:8,2000:24)")
-    ttt_eval_seq_len: int = knob(3072, "longest context (published: 2048)", at_least=2)
+    ttt_eval_seq_len: int = knob(2048, "longest context", at_least=2)
     ttt_batch_size: int = knob(96, "documents in a batch (published protocol: 64)", at_least=1)
     ttt_micro_tokens: int = knob(32768, "published: most positions in one forward and backward", at_least=1)
     ttt_grad_steps: int = knob(1, "updates a chunk", at_least=1)
@@ -415,41 +415,31 @@ def load_config(env: dict[str, str]) -> tuple[Config, list[str]]:
     for broken, message in CONTRADICTIONS:
         if broken(config):
             raise UserError(message.format(**asdict(config)))
-    if not config.config_check:
-        for f in fields(Config):
-            if "later" in f.metadata and getattr(config, f.name) != f.default:
-                raise UserError(f"{f.name.upper()}={getattr(config, f.name)}: {f.metadata['later']}; leave it at {f.default}")
     return config, warnings
 
 
-def pairs(text: str, mark: str, *types: type) -> list[tuple]:
-    """"1:2,3:4" with mark ":" -> [(1, 2), (3, 4)]; raises ValueError."""
-    return [tuple(convert(x) for convert, x in zip(types, part.split(mark), strict=True)) for part in text.split(",") if part.strip()]
+def pairs(name: str, text: str, mark: str, number: type, fits: Callable[..., bool], expected: str) -> list[tuple]:
+    """Setting `name`: "1:2,3:4" with mark ":" -> [(1, 2), (3, 4)], the second of each pair a `number`; raises UserError."""
+    try:
+        out = [(int(a), number(b)) for a, b in (part.split(mark) for part in text.split(",") if part.strip())]
+        if all(fits(*pair) for pair in out):
+            return out
+    except ValueError:
+        pass
+    raise UserError(f"{name}={text!r}: expected {expected}")
 
 
 def seq_schedule(config: Config) -> list[tuple[int, float]]:
     """TRAIN_SEQ_SCHEDULE -> (longest segment, share of the budget at which it ends) in order; raises UserError."""
-    try:
-        rules = pairs(config.train_seq_schedule, "@", int, float)
-        shares = [share for _, share in rules]
-        if not all(longest >= 2 and 0 < share <= 1 for longest, share in rules) or shares != sorted(shares):
-            raise ValueError
-    except ValueError:
-        raise UserError(f"TRAIN_SEQ_SCHEDULE={config.train_seq_schedule!r}: expected longest@share pairs such as 1024@0.1,2048@0.7, "
-                        "segments of at least 2 tokens, rising shares of at most 1") from None
-    return rules
+    rules = pairs("TRAIN_SEQ_SCHEDULE", config.train_seq_schedule, "@", float, lambda longest, share: longest > 1 and 0 < share <= 1,
+                  "longest@share pairs such as 1024@0.1,2048@0.7, shares of 0 to 1")
+    return sorted(rules, key=lambda rule: rule[1])
 
 
 def chunk_rules(config: Config) -> list[tuple[int, int]]:
     """TTT_CHUNK_BY_LENGTH -> (longest document, chunk) pairs in order; raises UserError."""
-    try:
-        rules = sorted(pairs(config.ttt_chunk_by_length, ":", int, int))
-        if not all(0 < chunk <= config.ttt_chunk_size for _, chunk in rules):
-            raise ValueError
-    except ValueError:
-        raise UserError(f"TTT_CHUNK_BY_LENGTH={config.ttt_chunk_by_length!r}: expected longest:chunk pairs such as 256:8,2000:24, "
-                        f"chunks of 1 to TTT_CHUNK_SIZE={config.ttt_chunk_size}") from None
-    return rules
+    return sorted(pairs("TTT_CHUNK_BY_LENGTH", config.ttt_chunk_by_length, ":", int, lambda _, chunk: 0 < chunk <= config.ttt_chunk_size,
+                        f"longest:chunk pairs such as 256:8,2000:24, chunks of 1 to TTT_CHUNK_SIZE={config.ttt_chunk_size}"))
 
 
 def config_table(config: Config) -> str:
@@ -3067,8 +3057,8 @@ def is_capturable(model: GPT) -> bool:
 class MicroStep:
     """Forward and backward of one micro-batch of `accumulate`; gradients join those that wait in the parameters.
 
-    On CUDA one graph for every number of loops, longest segment and length of cu_seqlens: a step then does not depend on how fast Python is,
-    and its thousand kernels follow each other without gaps.
+    On CUDA one graph for every number of loops, longest segment and length of cu_seqlens: a step then does not depend on how fast
+    Python is, and its thousand kernels follow each other without gaps.
     """
 
     def __init__(self, model: GPT, accumulate: int, log: Callable[[str], None]):
@@ -3173,7 +3163,8 @@ class Trainer:
         return export_weights(dict(zip(names, self.ema)), self.run.config.num_layers)
 
     def warm_up(self, dry_run: Callable[[], None]) -> float:
-        """Real steps with every number of loops and length of segments, then everything as before; returns a second dry_run's seconds.
+        """Real steps with every number of loops and length of segments, then everything as before; returns a second dry_run's
+        seconds.
 
         dry_run: a rehearsal of what the training budget must keep time for (Hessians and GPTQ on one batch).
         """

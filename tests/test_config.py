@@ -126,15 +126,6 @@ def test_absurd_sizes_are_refused_in_a_line(settings):
     refused(settings, *settings)
 
 
-@pytest.mark.parametrize("name", sorted(n for n, f in FIELDS.items() if "later" in f.metadata))
-def test_features_of_later_versions_are_refused_but_resolve(name):
-    f = FIELDS[name]
-    value = {"bool": "1", "float": "0.175", "int": "1"}[f.type]
-    refused({name: value}, name, f.metadata["later"])
-    c, _ = tg.load_config({name: value, "CONFIG_CHECK": "1"})
-    assert getattr(c, f.name) != f.default
-
-
 def test_near_misses_get_a_warning_with_the_nearest_name():
     _, warnings = tg.load_config({"TTT_LORA_RANKS": "8", "MODEL_DIMS": "1", "PATH": "/bin", "HOME": "/", "LANG": "C", "HOSTNAME": "h"})
     assert len(warnings) == 2

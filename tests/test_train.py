@@ -216,7 +216,7 @@ def test_looping_and_learning_rate_follow_the_steps_without_a_budget(tmp_path):
 
 def test_segments_grow_with_the_schedule_and_no_token_is_lost(tmp_path):
     """Batches of the loop against spans of the stream cut by the rule, one by one."""
-    t, run = trainer(tmp_path, ITERATIONS=10, TRAIN_SEQ_LEN=32, TRAIN_SEQ_SCHEDULE="8@0.2,16@0.65")
+    t, run = trainer(tmp_path, ITERATIONS=10, TRAIN_SEQ_LEN=32, TRAIN_SEQ_SCHEDULE="16@0.65,8@0.2")
     seen = []
     t.take_step = lambda batches, loops, lr: (seen.append(batches.next()), setattr(t, "step", t.step + 1))
     t.loop(0.0, never)
@@ -236,7 +236,7 @@ def test_no_segment_is_longer_than_train_seq_len():
     assert c.seq_len_at(0.0) == c.seq_len_at(0.7) == 32
 
 
-@pytest.mark.parametrize("text", ["8", "8@", "8@0", "8@1.5", "1@0.5", "8@0.5,16@0.2", "8@nan", "8@0.5@1", "8:0.5"])
+@pytest.mark.parametrize("text", ["8", "8@", "8@0", "8@1.5", "1@0.5", "8@nan", "8@0.5@1", "8:0.5"])
 def test_bad_schedules(text):
     with pytest.raises(tg.UserError, match="TRAIN_SEQ_SCHEDULE"):
         tg.seq_schedule(toy.config(TRAIN_SEQ_SCHEDULE=text))
