@@ -223,7 +223,7 @@ class Config:
     ttt_lora_lr: float = knob(2e-4, "adapter learning rate (published protocol: 1e-4)", at_least=0)
     ttt_chunk_size: int = knob(24, "tokens scored between updates (published protocol: 48)", at_least=1)
     ttt_chunk_by_length: str = knob("", "chunks of shorter documents, as longest:chunk,... (PR 2014: 256:8,2000:24)")
-    ttt_eval_seq_len: int = knob(2048, "longest context", at_least=2)
+    ttt_eval_seq_len: int = knob(3072, "longest context (published: 2048)", at_least=2)
     ttt_batch_size: int = knob(96, "documents in a batch (published protocol: 64)", at_least=1)
     ttt_micro_tokens: int = knob(32768, "published: most positions in one forward and backward", at_least=1)
     ttt_grad_steps: int = knob(1, "updates a chunk", at_least=1)

@@ -121,7 +121,8 @@ class Bench:
         return score._replace(seconds=score.seconds - self.warm_up)
 
     def published(self, data) -> tg.Score:
-        return self.protocol(data, TTT_PROTOCOL="published", TTT_CHUNK_SIZE=48, TTT_LORA_LR=1e-4, TTT_BATCH_SIZE=self.a.published_batch,
+        return self.protocol(data, TTT_PROTOCOL="published", TTT_CHUNK_SIZE=48, TTT_EVAL_SEQ_LEN=2048, TTT_LORA_LR=1e-4,
+                             TTT_BATCH_SIZE=self.a.published_batch,
                              TTT_COMPILE=self.a.compile, PHASED_TTT_PREFIX_DOCS=self.prefix(), GLOBAL_TTT_OPTIMIZER="sgd",
                              GLOBAL_TTT_AGAIN=1, GLOBAL_TTT_CHUNK_TOKENS=32768)
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 OLDEST_TORCH = (2, 9)
 DISK_GB, SHM_GB = 5.0, 0.5                      # of a three-seed launch; NCCL's buffers of 8 ranks
 GPU_NAME, GPU_GB = "H100", 79.0
-PUBLISHED_TOKENS_PER_GPU = 786432 / 0.1217 / 8  # a second: 121.7 ms a step on 8 H100
+TOKENS_PER_GPU = 1.12e6         # a second, the most that was measured (H200: records/2026-11-30_full_length)
 # Bits of clocks_throttle_reasons.active (nvidia-smi --help-query-gpu) and whether a run must not start with them.
 REASONS = {0x2: ("application clocks", False), 0x4: ("power cap", False), 0x8: ("hardware slowdown", True), 0x10: ("sync boost", False),
            0x20: ("software thermal slowdown", True), 0x40: ("hardware thermal slowdown", True), 0x80: ("power brake", True),
@@ -113,7 +113,7 @@ def check_data(tg, config, nproc: int, cpu: bool) -> Found:
     tokens = sum(map(len, shards))
     wanted = config.iterations * config.train_batch_tokens
     if config.max_wallclock_seconds and not cpu:
-        wanted = min(wanted, int(config.max_wallclock_seconds * PUBLISHED_TOKENS_PER_GPU * nproc))
+        wanted = min(wanted, int(config.max_wallclock_seconds * TOKENS_PER_GPU * nproc))
     text = f"{tokens:,} training tokens in {config.data_path}, the run reads up to about {wanted:,}"
     return ok(text) if tokens >= wanted else warn(text + f": {wanted / tokens:.1f} epochs")
 

@@ -1,23 +1,33 @@
-import sys; sys.path[:0]=['/work/main','/work/main/bench']
-import numpy as np, torch, torch.nn.functional as F, lzma
-from safetensors.torch import load
+"""Change of the loss when an artifact's logits are capped elsewhere, or scaled, in evaluation. Float32 on the CPU.
+
+    python caps.py ARTIFACT SHARD...            (settings of the network from the environment)
+
+Reads 8,192 tokens of every shard from the first document after its millionth token, in segments of 2,048.
+"""
+import os
+import sys
 from pathlib import Path
-import train_gpt as t
-from specified import SPECIFIED
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(next(p for p in Path(__file__).resolve().parents if (p / "train_gpt.py").is_file())))
+import train_gpt as t  # noqa: E402
+
+TOKENS, START, CAPS, SCALES = 8192, 1_000_000, (28, 28.5, 29, 29.5, 30.5, 31), (0.97, 1.03)
 torch.set_num_threads(1)
-which=sys.argv[1]
-env={'DATA_PATH':'/tmp/ev/data','TOKENIZER_PATH':'x'}
-if which=='spec':
-    c,_=t.load_config({**SPECIFIED,**env}); model=t.GPT(c,torch.device('cpu'))
-    t.import_weights(model,{k:v.float() for k,v in load(lzma.open('/work/shared/data/checkpoint/ema_300s_h100.safetensors.xz').read()).items()})
-else:
-    c,_=t.load_config(env); model=t.GPT(c,torch.device('cpu'))
-    t.import_weights(model,t.restore(t.read_artifact(Path('/tmp/ev/out/final_model.int6.pglf'),c)))
-for name,path,at in (('val','/tmp/d/fineweb_val_000000.bin',1_000_000),('train shard 0','/tmp/d/fineweb_train_000000.bin',1_000_000),('shard 5','/tmp/d/fineweb_train_000005.bin',1_000_000)):
-    tok=np.fromfile(path,'<u2')[512:]; b0=np.flatnonzero(tok[at:]==1)[0]+at
-    b=t.to_batch(tok[b0:b0+8193],2048)
+config = t.load_config({**os.environ, "TOKENIZER_PATH": "unused"})[0]
+model = t.GPT(config, torch.device("cpu"))
+t.import_weights(model, t.restore(t.read_artifact(Path(sys.argv[1]), config)))
+for path in sys.argv[2:]:
+    tokens = np.fromfile(path, "<u2")[t.HEADER_BYTES // 2:]
+    first = START + int(np.flatnonzero(tokens[START:] == t.BOS)[0])
+    batch = t.to_batch(tokens[first: first + TOKENS + 1], 2048)
     with torch.no_grad():
-        n=t.norm(model(b.ids,b.segments)[0]); W=model.tok_emb.float(); y=b.targets[0]
-        z=torch.cat([n[i:i+2048]@W.T for i in range(0,len(y),2048)])
-        loss=lambda p,tau=1.0: F.cross_entropy(p*torch.tanh(z*tau/p),y).item()
-        base=loss(30); print(which,name,round(base,4),{p:round(loss(p)-base,5) for p in (28,28.5,29,29.5,30.5,31)},'tau',{q:round(loss(30,q)-base,5) for q in (.97,1.03)},flush=True)
+        stream = t.norm(model(batch.ids, batch.segments)[0])
+        logits = torch.cat([part @ model.tok_emb.float().T for part in stream.split(2048)])
+        loss = {(cap, scale): F.cross_entropy(cap * torch.tanh(logits * scale / cap), batch.targets[0]).item()
+                for cap, scale in [(30, 1), *((cap, 1) for cap in CAPS), *((30, scale) for scale in SCALES)]}
+    print(f"{Path(sys.argv[1]).stem} {Path(path).stem} loss {loss[30, 1]:.4f}",
+          *(f"cap {cap} scale {scale}: {value - loss[30, 1]:+.5f}" for (cap, scale), value in loss.items() if (cap, scale) != (30, 1)), flush=True)
