@@ -422,11 +422,11 @@ def pairs(name: str, text: str, mark: str, number: type, fits: Callable[..., boo
     """Setting `name`: "1:2,3:4" with mark ":" -> [(1, 2), (3, 4)], the second of each pair a `number`; raises UserError."""
     try:
         out = [(int(a), number(b)) for a, b in (part.split(mark) for part in text.split(",") if part.strip())]
-        if all(fits(*pair) for pair in out):
-            return out
+        if not all(fits(*pair) for pair in out):
+            raise ValueError
     except ValueError:
-        pass
-    raise UserError(f"{name}={text!r}: expected {expected}")
+        raise UserError(f"{name}={text!r}: expected {expected}") from None
+    return out
 
 
 def seq_schedule(config: Config) -> list[tuple[int, float]]:
@@ -3170,7 +3170,7 @@ class Trainer:
         """
         c = self.run.config
         weights = [p.detach().clone() for p in self.model.parameters()]
-        changes = (0.0, c.enable_looping_at, *(share for _, share in seq_schedule(c)), 1.0)
+        changes = (0.0, c.enable_looping_at, c.loop_phase2_at, *(share for _, share in seq_schedule(c)), 1.0)
         for loops, longest in sorted({(c.loops_at(f), c.seq_len_at(f)) for f in changes}) * bool(c.warmup_steps):
             with contextlib.closing(Prefetcher(self.stream(longest), self.run.world.device)) as batches:
                 for _ in range(c.warmup_steps):
@@ -3205,9 +3205,9 @@ class Trainer:
                 frac = elapsed / limit if limit else self.step / c.iterations
                 if c.loops_at(frac) != loops:
                     loops = self.announce_loops(c.loops_at(frac), frac, first=loops < 0)
-                if (longest := c.seq_len_at(frac)) != stream.limit:
-                    batches = batches.cut_at(longest)
-                    run.log(f"train_seq_len:{longest} step:{self.step} frac:{frac:.3f}")
+                if c.seq_len_at(frac) != stream.limit:
+                    batches = batches.cut_at(c.seq_len_at(frac))
+                    run.log(f"train_seq_len:{stream.limit} step:{self.step} frac:{frac:.3f}")
                 self.take_step(batches, loops, c.lr_mul(frac))
                 if batches.cursor // int(stream.ends[-1]) + 1 != epoch:
                     epoch = batches.cursor // int(stream.ends[-1]) + 1
@@ -4666,7 +4666,8 @@ def escape(data: bytes) -> str:
 def pack_script(source: str) -> bytes:
     """The script that ships: slim_source, compressed, self-extracting."""
     import brotli
-    packed = brotli.compress(slim_source(source).encode(), quality=11, lgwin=24)
+    slim = slim_source(source).encode()
+    packed = min((brotli.compress(slim, quality=11, lgblock=bits) for bits in (16, 17, 18)), key=len)
     return WRAPPER.replace("BLOB", escape(packed)).encode("latin1")
 
 

@@ -107,7 +107,7 @@ def nvidia_smi(query: str) -> list[list[str]]:
 
 def check_data(tg, config, nproc: int, cpu: bool) -> Found:
     """Enough tokens for a step, and not to see one twice: a warning if there are fewer."""
-    tg.seq_schedule(config)
+    tg.seq_schedule(config)         # raises where the trainer would
     shards = [tg.read_shard(p, config.vocab_size) for p in tg.find_shards(config, "train")]
     tg.TokenStream(shards, 0, nproc, tg.micro_batch(config, nproc)[1], config.train_seq_len)
     tokens = sum(map(len, shards))
