@@ -75,6 +75,7 @@ def test_a_clean_set_becomes_a_folder(place):
      ["GPTQ", "steps by Fisher information", "trellis-coded quantisation", "Gaussian entropy coder"], ["SDClip", "Brotli"]),
     ({"clip_rule": "adaptive", "quantizer": "scalar", "compressor": "pergroup"}, (),
      ["GPTQ", "SDClip", "per-group compression"], ["steps by Fisher information", "trellis-coded quantisation"]),
+    ({"train_seq_schedule": "1024@0.1"}, (), ["context schedule"], []), ({"train_seq_schedule": ""}, (), [], ["context schedule"]),
     ({"inq_steps": 4, "ngram_tilt_enabled": True}, (), ["GPTQ"], ["incremental network quantization", "learnt n-gram tilt"]),
     ({"inq_steps": 4, "ngram_tilt_enabled": True}, ("inq", "eval_ttt"), ["incremental network quantization", "learnt n-gram tilt"], []),
     ({}, (), ["GPTQ", "SDClip"], ["steps by Fisher information"])])  # the references

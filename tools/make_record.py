@@ -62,6 +62,7 @@ TRAIN_STAGES = ("train", "hessians", "fisher", "gptq", "inq")  # they touch trai
 TECHNIQUES = [
     ("num_loops", lambda v: v > 0, "depth recurrence", "@msisovic (PR #1204), @clarkkev (PR #1394)"),
     ("loop_phase2_at", lambda v: v > 0, "progressive recurrence", "@Robby955 (PR #1412)"),
+    ("train_seq_schedule", bool, "context schedule", "PR #2014"),
     ("parallel_residual_start", lambda v: v >= 0, "parallel residuals", "GPT-J, @Robby955 (PR #1412)"),
     ("parallel_start_layer", lambda v: v > 0, "two-lane parallel decoder", "the lineage of PR #1855"),
     ("smear_gate_enabled", bool, "smear gate", "the lineage of PR #1855"),
@@ -440,7 +441,7 @@ def techniques(run: dict) -> list[tuple[str, str]]:
         config = {"clip_rule": "hand"} | config  # the references know no other
     for knob, used, title, credit in TECHNIQUES:
         value = config.get(knob) if NEEDED_STAGES.get(knob) in (None, *run["stages"]) else None
-        if value in used if isinstance(used, tuple) else isinstance(value, (int, float)) and used(value):
+        if value in used if isinstance(used, tuple) else used(value) if used is bool or isinstance(value, (int, float)) else False:
             out.append((title, credit))
     return out
 
