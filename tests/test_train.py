@@ -390,10 +390,11 @@ def test_resume_refuses_another_kind_of_file(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_saves_and_resumes_to_the_same(tmp_path, number):
     kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    whole, _ = trainer(tmp_path / "whole", ITERATIONS=6)
+    settings = dict(ITERATIONS=6, TRAIN_SEQ_SCHEDULE="8@0.5,16@0.8")        # resumed between two lengths of segments
+    whole, _ = trainer(tmp_path / "whole", **settings)
     whole.loop(0.0, never)
     try:
-        t, _ = trainer(tmp_path / "parts", ITERATIONS=6)
+        t, _ = trainer(tmp_path / "parts", **settings)
         take = t.take_step
 
         def interrupted(*args):
@@ -405,7 +406,7 @@ def test_a_signal_finishes_the_step_saves_and_resumes_to_the_same(tmp_path, numb
         with pytest.raises(tg.UserError, match=f"signal {int(number)} after step 4.*RESUME=1") as e:
             t.loop(0.0, never)
         assert e.value.code == 130 and t.step == 4
-        again, _ = trainer(tmp_path / "parts", ITERATIONS=6, RESUME=1)
+        again, _ = trainer(tmp_path / "parts", **settings, RESUME=1)
         again.loop(0.0, never)
         assert same(state(again), state(whole))
     finally:

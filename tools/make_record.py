@@ -441,7 +441,7 @@ def techniques(run: dict) -> list[tuple[str, str]]:
         config = {"clip_rule": "hand"} | config  # the references know no other
     for knob, used, title, credit in TECHNIQUES:
         value = config.get(knob) if NEEDED_STAGES.get(knob) in (None, *run["stages"]) else None
-        if value in used if isinstance(used, tuple) else used(value) if used is bool or isinstance(value, (int, float)) else False:
+        if value in used if isinstance(used, tuple) else (used is bool or isinstance(value, (int, float))) and used(value):
             out.append((title, credit))
     return out
 

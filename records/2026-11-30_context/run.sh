@@ -18,6 +18,6 @@ branch 1 longer &
 wait
 mkdir -p /opt/run/full_2048; cp .art/final_model.int6.pglf /opt/run/full_2048/
 one 0 full_2048 EVAL_ONLY=1 TTT_EVAL_SEQ_LEN=2048 &
-mkdir -p /opt/run/full_3584; cp .art/final_model.int6.pglf /opt/run/full_4096/
+mkdir -p /opt/run/full_3584; cp .art/final_model.int6.pglf /opt/run/full_3584/
 one 1 full_3584 EVAL_ONLY=1 TTT_EVAL_SEQ_LEN=3584 &
 wait; touch /opt/log/all.done
